@@ -1,0 +1,32 @@
+"""The options of an engine. ``None`` means: the planner chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything that shapes one engine (one replica). Memory is in bytes, per shard."""
+
+    model: str
+    device_memory: int | None = None
+    host_memory: int | None = None
+    nvme_dir: Path | None = None
+    nvme_memory: int | None = None
+    tensor_parallel: int | None = None
+    pipeline_parallel: int | None = None
+    executor: str = "local"
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    max_queued_requests: int = 1024
+    served_model_name: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    threads_per_shard: int | None = None

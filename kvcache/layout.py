@@ -1,0 +1,39 @@
+"""How the bytes of a KV block lie: block-major, one contiguous extent of all the stage's layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayerSpec:
+    """What one layer caches per token. Keys and values may differ (MLA caches a latent and a rope key)."""
+
+    layer: int
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+    @property
+    def elements_per_token(self) -> int:
+        return self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVLayout:
+    """The layout of one block of one stage, as one shard holds it (heads already dealt to the shard)."""
+
+    layers: tuple[KVLayerSpec, ...]
+    block_size: int
+    dtype: str
+
+    @property
+    def bytes_per_token(self) -> int:
+        return DTYPE_BYTES[self.dtype] * sum(spec.elements_per_token for spec in self.layers)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block_size * self.bytes_per_token
