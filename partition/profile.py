@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kvcache.layout import DTYPE_BYTES, KVLayerSpec, KVLayout
-from partition.sharding import HeadCounts, ParameterSpec
+from partition.errors import UnsupportedArchitectureError
+from partition.sharding import HeadCounts, ParameterSpec, deal_ranges
 
 
 class UnitKind(enum.Enum):
@@ -32,12 +33,17 @@ class AttentionKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The smallest group of weights that moves together. ``layer`` is None for embedding and head."""
+    """The smallest group of weights that moves together.
+
+    ``layer`` is None for what stands before and after the layers; ``stage_end`` then says on which stage:
+    "first" or "last".
+    """
 
     name: str
     kind: UnitKind
     layer: int | None
     parameters: tuple[ParameterSpec, ...]
+    stage_end: str | None = None
 
     def num_bytes(self, heads: HeadCounts, rank: int = 0, world: int = 1) -> int:
         """Bytes of the slice that one tensor-parallel rank holds."""
@@ -52,8 +58,8 @@ class Unit:
 class ModelProfile:
     """A model as the planner sees it.
 
-    ``units`` stand in the order a pass uses them: embedding, the layers' small, attention and mlp units,
-    head. With tied embeddings the head's unit lists the embedding's parameter again; `stage_units` counts
+    ``units`` stand in the order a pass uses them: embedding, input, the layers' small, attention and mlp
+    units, output, head. With tied embeddings the head's unit lists the embedding's parameter again; `stage_units` counts
     it once. ``styles`` maps module paths to tensor-parallel styles ("colwise", "rowwise", ...).
     ``kv_layers`` are per token and unsharded; ``kv_sharded`` says whether tensor parallelism deals the KV
     heads out or replicates them.
@@ -79,41 +85,103 @@ class ModelProfile:
     def from_config(cls, config: Any, dtype: str | None = None) -> ModelProfile:
         """Profile a transformers config (built on the meta device; no weights are read or allocated).
 
-        Raises UnsupportedArchitecture with the reason where the model cannot run.
+        ``dtype`` overrides the config's. Raises UnsupportedArchitectureError with the reason where the
+        model cannot run.
         """
-        raise NotImplementedError
+        from partition.profiling import profile_config
+
+        return profile_config(config, dtype)
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, dtype: str = "auto", trust_remote_code: bool = False
     ) -> ModelProfile:
         """Profile the checkpoint folder ``path`` from its ``config.json``."""
-        raise NotImplementedError
+        from transformers import AutoConfig
+
+        if not (Path(path) / "config.json").is_file():
+            raise UnsupportedArchitectureError(
+                f"{path} is not a model folder: it holds no config.json"
+            )
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        return cls.from_config(config, None if dtype == "auto" else dtype)
+
+    @cached_property
+    def _parameters(self) -> dict[str, ParameterSpec]:
+        return {spec.name: spec for unit in self.units for spec in unit.parameters}
 
     @cached_property
     def num_parameters(self) -> int:
         """Exact count of distinct parameters (tied ones once)."""
-        return sum({s.name: s.num_elements for u in self.units for s in u.parameters}.values())
+        return sum(spec.num_elements for spec in self._parameters.values() if not spec.is_buffer)
 
     @cached_property
     def num_active_parameters(self) -> int:
         """Parameters that one token's pass uses: only the routed experts of a mixture of experts."""
-        raise NotImplementedError
+        if not self.num_experts:
+            return self.num_parameters
+        share = self.num_experts_per_token / self.num_experts
+        experts = sum(
+            spec.num_elements for spec in self._parameters.values() if spec.num_experts > 1
+        )
+        return self.num_parameters - experts + round(experts * share)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
-        return self.num_parameters * DTYPE_BYTES[self.dtype]
+        return sum(spec.num_elements * spec.dtype_bytes for spec in self._parameters.values())
 
     def why_not_tensor_parallel(self, world: int) -> str | None:
         """Why the model cannot be split ``world`` ways within a layer; None where it can."""
-        raise NotImplementedError
+        if world == 1:
+            return None
+        if self.tensor_parallel_refusal:
+            return self.tensor_parallel_refusal
+        if self.kv_sharded and world > self.heads.query:
+            return f"{world} ranks for {self.heads.query} attention heads"
+        for spec in self._parameters.values():
+            if spec.rule is None:
+                continue
+            size = spec.shape[spec.rule.dim]
+            try:
+                portions = [
+                    deal_ranges(spec.rule, size, self.heads, rank, world) for rank in range(world)
+                ]
+            except ValueError as error:
+                return f"{spec.name}: {error}"
+            if any(start == stop for ranges in portions for start, stop in ranges):
+                return f"{spec.name}: {size} elements do not reach {world} ranks"
+        return None
 
     def stage_units(self, first_layer: int, end_layer: int) -> tuple[Unit, ...]:
-        """The units of a stage holding layers [first_layer, end_layer), tied embeddings once, in pass order."""
-        raise NotImplementedError
+        """The units of a stage holding layers [first_layer, end_layer), in pass order.
+
+        With tied embeddings a stage that holds both ends keeps the matrix once, in the head's unit.
+        """
+        first, last = first_layer == 0, end_layer == self.num_layers
+        held = [
+            unit
+            for unit in self.units
+            if (unit.layer is not None and first_layer <= unit.layer < end_layer)
+            or (unit.stage_end == "first" and first)
+            or (unit.stage_end == "last" and last)
+        ]
+        seen: set[str] = set()
+        units: list[Unit] = []
+        for unit in reversed(held):
+            kept = tuple(spec for spec in unit.parameters if spec.name not in seen)
+            seen.update(spec.name for spec in kept)
+            if kept:
+                units.append(replace(unit, parameters=kept))
+        return tuple(reversed(units))
 
     def kv_layout(
         self, first_layer: int, end_layer: int, block_size: int, rank: int = 0, world: int = 1
     ) -> KVLayout:
         """How a KV block lies on one shard of a stage."""
-        raise NotImplementedError
+        layers = self.kv_layers[first_layer:end_layer]
+        if self.kv_sharded and world > 1:
+            start, stop = self.heads.key_value_range(rank, world)
+            layers = tuple(
+                replace(spec, key_heads=stop - start, value_heads=stop - start) for spec in layers
+            )
+        return KVLayout(layers=layers, block_size=block_size, dtype=self.dtype)

@@ -63,12 +63,17 @@ class ShardRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterSpec:
-    """One parameter of the model: its name in the transformers module tree, full shape and shard rule."""
+    """One parameter of the model: its name in the transformers module tree, full shape and shard rule.
+
+    ``num_experts`` > 1: the leading dimension counts experts. ``is_buffer``: saved with the model, not trained.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype_bytes: int
     rule: ShardRule | None = None
+    num_experts: int = 1
+    is_buffer: bool = False
 
     @property
     def num_elements(self) -> int:
