@@ -23,9 +23,7 @@ def adjust_logits(logits_V: torch.Tensor, row: SamplingRow) -> None:
         penalty = params.repetition_penalty
         logits_V[seen] = torch.where(logits < 0, logits * penalty, logits / penalty)
     if row.output_token_ids and (params.presence_penalty or params.frequency_penalty):
-        seen, counts = torch.unique(  # type: ignore[no-untyped-call]
-            _ids(row.output_token_ids, logits_V), return_counts=True
-        )
+        seen, counts = torch.unique(_ids(row.output_token_ids, logits_V), return_counts=True)
         logits_V[seen] -= params.presence_penalty + params.frequency_penalty * counts
     if params.logit_bias:
         biases = torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
