@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from giantserve.end_tokens import read_end_token_ids
 from giantserve.errors import CheckpointError, InvalidRequestError
 
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -65,10 +67,8 @@ class Tokenizer:
                 str(folder), trust_remote_code=trust_remote_code, local_files_only=True
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(
-                f"the tokenizer in {folder} cannot be loaded: {reason}"
-            ) from error
+            why = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"cannot load the tokenizer in {folder}: {why}") from error
         return cls(tokenizer, end_token_ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -163,8 +163,8 @@ class Tokenizer:
                 return bytes(_BYTE_OF_CHARACTER[character] for character in token)
             except KeyError:
                 return str(token).encode()
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
+        if _BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(token[3:5])
         if token_id not in self.special_token_ids and "\u2581" in token:
             return str(token).replace("\u2581", " ").encode()
         return self.decode([token_id], skip_special_tokens=False).encode()
@@ -194,7 +194,7 @@ def _is_byte_level(backend: Any) -> bool:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100 onwards."""
+    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, others for U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
