@@ -1,0 +1,318 @@
+"""The weights of one rank on disk: every unit one aligned, checksummed extent of one file, written
+once."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import stat
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from kvcache.arena import ALIGNMENT
+from kvcache.errors import CorruptUnitError, StorageError, StoreError
+from kvcache.storage import BACKENDS, DirectFile, StorageBackend
+
+STORE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoredUnit:
+    """Where a unit lies in the file. ``checksum`` is the CRC-32 of its ``num_bytes``."""
+
+    name: str
+    offset: int
+    num_bytes: int
+    checksum: int
+
+
+class ShardStore:
+    """``KEY.weights`` and its index ``KEY.json`` in a private folder.
+
+    A pack under way is ``KEY.weights.partial`` and a journal ``KEY.journal``, one line for each
+    unit that is safely on disk; the next pack of the same key goes on after the last of them. A
+    lock file lets several processes read a store and only one write it.
+    """
+
+    def __init__(
+        self, folder: Path, key: str, *, backend: str = "posix", verify_first_read: bool = True
+    ) -> None:
+        """``key`` names exactly which bytes these are: model, rank, layers, dtype.
+
+        ``verify_first_read``: check each unit once a process. Raises StoreError for a folder that
+        others may enter, ValueError for an unknown backend.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"storage backend {backend!r} is not one of {sorted(BACKENDS)}")
+        _make_private(folder)
+        stem = (
+            re.sub(r"[^\w.-]+", "_", key)[:80] + "-" + hashlib.sha256(key.encode()).hexdigest()[:8]
+        )
+        self.key = key
+        self.path = folder / f"{stem}.weights"
+        self._partial = folder / f"{stem}.weights.partial"
+        self._index = folder / f"{stem}.json"
+        self._journal = folder / f"{stem}.journal"
+        self._verify_first_read = verify_first_read
+        self._units: dict[str, StoredUnit] = {}
+        self._verified: set[str] = set()
+        self._verified_lock = threading.Lock()
+        self._file: DirectFile | None = None
+        self.backend: StorageBackend = BACKENDS[backend]()
+        self._lock = os.open(folder / f"{stem}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def open_or_pack(
+        self,
+        units: Sequence[tuple[str, int]],
+        fill: Callable[[str, torch.Tensor], None],
+        staging: Callable[[], torch.Tensor],
+        progress: Callable[[int], None] | None = None,
+    ) -> bool:
+        """Open the store if it holds exactly ``units`` (name, bytes) of this key; write it if not.
+
+        ``fill(name, buffer)`` writes a unit's bytes. ``staging()`` gives the buffer, as large as
+        the largest unit, and is called only if something must be written. ``progress`` gets the
+        bytes of every unit that is there. Waits while another process packs the same store. Returns
+        whether anything was written.
+        """
+        packed = False
+        with self._exclusive() as may_write:
+            if not self._load_index(units):
+                if not may_write:
+                    raise StoreError(
+                        f"{self.path} is in use by another process and holds other units; stop it, "
+                        "or give this one its own nvme_dir"
+                    )
+                self._pack(units, fill, staging, progress)
+                packed = True
+        if not packed and progress is not None:
+            for _, num_bytes in units:
+                progress(num_bytes)
+        self._file = self.backend.open(self.path)
+        return packed
+
+    def submit(self, unit: str, buffer: torch.Tensor) -> Future[None]:
+        """Start reading ``unit`` into ``buffer`` (uint8, exactly its size)."""
+        stored = self._units[unit]
+        assert self._file is not None, "the store is not open"
+        return self.backend.submit(self._file, stored.offset, buffer[: stored.num_bytes])
+
+    def check_first_read(self, unit: str, buffer: torch.Tensor) -> None:
+        """Compare the bytes just read with the checksum, the first time only. Raises
+        CorruptUnitError."""
+        with self._verified_lock:
+            if not self._verify_first_read or unit in self._verified:
+                return
+        stored = self._units[unit]
+        if _checksum(buffer[: stored.num_bytes]) != stored.checksum:
+            raise CorruptUnitError(unit, str(self.path))
+        with self._verified_lock:
+            self._verified.add(unit)
+
+    def read_part(self, unit: str, offset: int, buffer: torch.Tensor) -> None:
+        """Fill ``buffer`` from byte ``offset`` of ``unit`` on, in the calling thread;
+        4096-aligned."""
+        stored = self._units[unit]
+        assert self._file is not None, "the store is not open"
+        assert offset + buffer.numel() <= stored.num_bytes
+        self.backend.read(self._file, stored.offset + offset, buffer)
+
+    def verify(self, buffer: torch.Tensor, units: Sequence[str] | None = None) -> None:
+        """Read ``units`` (all, if None) through ``buffer`` and check them. Raises
+        CorruptUnitError."""
+        size = buffer.numel() // ALIGNMENT * ALIGNMENT
+        for name in units if units is not None else list(self._units):
+            stored = self._units[name]
+            checksum = 0
+            for offset in range(0, stored.num_bytes, size):
+                part = buffer[: min(size, stored.num_bytes - offset)]
+                self.read_part(name, offset, part)
+                checksum = _checksum(part, checksum)
+            if checksum != stored.checksum:
+                raise CorruptUnitError(name, str(self.path))
+            with self._verified_lock:
+                self._verified.add(name)
+
+    def verify_first_read(self, buffer: torch.Tensor, unit: str) -> None:
+        """`verify` one unit, unless that is switched off or already done."""
+        if self._verify_first_read and unit not in self._verified:
+            self.verify(buffer, [unit])
+
+    def close(self) -> None:
+        """Close the files and end the backend's threads. Idempotent."""
+        self.backend.close()
+        if self._file is not None:
+            self._file.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[bool]:
+        """Hold the lock for writing if nobody has it, else for reading; afterwards, for reading."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            may_write = True
+        except BlockingIOError:
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            may_write = False
+        try:
+            yield may_write
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+    def _load_index(self, units: Sequence[tuple[str, int]]) -> bool:
+        try:
+            index = json.loads(self._index.read_text())
+            stored = [StoredUnit(**unit) for unit in index["units"]]
+            size = self.path.stat().st_size
+            is_ours = (index["version"], index["key"]) == (STORE_VERSION, self.key)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        end = max((unit.offset + unit.num_bytes for unit in stored), default=0)
+        if not is_ours or size < end or [(u.name, u.num_bytes) for u in stored] != list(units):
+            return False
+        self._units = {unit.name: unit for unit in stored}
+        return True
+
+    def _pack(
+        self,
+        units: Sequence[tuple[str, int]],
+        fill: Callable[[str, torch.Tensor], None],
+        staging: Callable[[], torch.Tensor],
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self._index.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+        done = self._load_journal(units)
+        total = sum(num_bytes for _, num_bytes in units)
+        buffer: torch.Tensor | None = None
+        file = self.backend.open(self._partial, writable=True)
+        try:
+            _reserve(file, total)
+            with open(self._journal, "a", opener=_private) as journal:
+                if not done:
+                    journal.write(json.dumps({"version": STORE_VERSION, "key": self.key}) + "\n")
+                offset = 0
+                for index, (name, num_bytes) in enumerate(units):
+                    if index >= len(done):
+                        buffer = staging() if buffer is None else buffer
+                        part = buffer[:num_bytes]
+                        part.zero_()
+                        fill(name, part)
+                        self.backend.write(file, offset, part)
+                        os.fdatasync(file.descriptor)
+                        done.append(StoredUnit(name, offset, num_bytes, _checksum(part)))
+                        journal.write(json.dumps(asdict(done[-1])) + "\n")
+                        journal.flush()
+                    offset += num_bytes
+                    if progress is not None:
+                        progress(num_bytes)
+            os.fsync(file.descriptor)
+        finally:
+            file.close()
+        self._publish(done)
+
+    def _load_journal(self, units: Sequence[tuple[str, int]]) -> list[StoredUnit]:
+        """The units an earlier, interrupted pack finished; drops what does not belong to this
+        pack."""
+        done: list[StoredUnit] = []
+        try:
+            lines = self._journal.read_bytes().split(b"\n")
+            header = json.loads(lines[0])
+            if header == {"version": STORE_VERSION, "key": self.key} and self._partial.exists():
+                # The text after the last newline is empty, or a line that was being written.
+                for line, expected in zip(lines[1:-1], units, strict=False):
+                    unit = StoredUnit(**json.loads(line))
+                    if (unit.name, unit.num_bytes) != expected:
+                        break
+                    done.append(unit)
+        except (OSError, ValueError, TypeError):
+            done = []
+        self._journal.unlink(missing_ok=True)
+        if not done:
+            self._partial.unlink(missing_ok=True)
+            return done
+        text = [json.dumps({"version": STORE_VERSION, "key": self.key})]
+        text += [json.dumps(asdict(unit)) for unit in done]
+        with open(self._journal, "w", opener=_private) as journal:
+            journal.write("\n".join(text) + "\n")
+        return done
+
+    def _publish(self, units: list[StoredUnit]) -> None:
+        temporary = self._index.with_suffix(".json.partial")
+        with open(temporary, "w", opener=_private) as index:
+            json.dump(
+                {
+                    "version": STORE_VERSION,
+                    "key": self.key,
+                    "units": [asdict(unit) for unit in units],
+                },
+                index,
+            )
+            index.flush()
+            os.fsync(index.fileno())
+        self._partial.rename(self.path)
+        temporary.rename(self._index)
+        self._journal.unlink(missing_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self._units = {unit.name: unit for unit in units}
+
+
+def _checksum(buffer: torch.Tensor, start: int = 0) -> int:
+    return zlib.crc32(buffer.numpy().data, start)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def _reserve(file: DirectFile, num_bytes: int) -> None:
+    """Claim the disk space now, so that a full disk is an error at the start and not after
+    minutes."""
+    if num_bytes == 0:
+        return
+    try:
+        os.posix_fallocate(file.descriptor, 0, num_bytes)
+        os.ftruncate(file.descriptor, num_bytes)
+    except OSError as error:
+        raise StorageError(
+            str(file.path),
+            0,
+            f"cannot reserve {num_bytes} bytes: {error.strerror}; free space or give "
+            "another nvme_dir",
+        ) from error
+
+
+def _make_private(folder: Path) -> None:
+    """Create ``folder`` with mode 0700, or raise StoreError if others own it or may enter it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise StoreError(
+            f"{folder} cannot be made: {error.strerror}; give an nvme_dir you can write to"
+        ) from error
+    if status.st_uid != os.geteuid():
+        raise StoreError(f"{folder} belongs to another user; give an nvme_dir of your own")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise StoreError(
+            f"{folder} is open to other users (mode {stat.S_IMODE(status.st_mode):o}); "
+            f"run: chmod 700 {folder}"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StoreError(f"{folder} is not writable; run: chmod 700 {folder}")

@@ -1,0 +1,76 @@
+"""Direct reads and writes by DeepSpeed's ``aio_handle`` (libaio, many requests a thread)."""
+
+from __future__ import annotations
+
+import importlib.util
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcache.errors import BackendUnavailableError, StorageError
+from kvcache.storage import DirectFile, StorageBackend, check_aligned
+
+BLOCK_BYTES = 1 << 20
+QUEUE_DEPTH = 32
+NUM_THREADS = 4
+
+
+class DeepNVMeBackend(StorageBackend):
+    """One handle, fed in order by one thread; the handle spreads each request over its own
+    threads."""
+
+    def __init__(self) -> None:
+        """Raises BackendUnavailableError where DeepSpeed's op is not built: nothing is compiled
+        here."""
+        operator = _load_operator()
+        self._handle = operator.aio_handle(BLOCK_BYTES, QUEUE_DEPTH, False, True, NUM_THREADS)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="deepnvme")
+
+    def read(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> None:
+        self.submit(file, offset, buffer).result()
+
+    def submit(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> Future[None]:
+        check_aligned(offset, buffer)
+        return self._pool.submit(self._run, self._handle.sync_pread, file, offset, buffer)
+
+    def write(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> None:
+        check_aligned(offset, buffer)
+        self._pool.submit(self._run, self._handle.sync_pwrite, file, offset, buffer).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+    def _run(self, call: Any, file: DirectFile, offset: int, buffer: torch.Tensor) -> None:
+        try:
+            completed = call(buffer, str(file.path), offset)
+        except RuntimeError as error:
+            raise StorageError(str(file.path), offset, str(error)) from error
+        if completed < 0:
+            raise StorageError(str(file.path), offset, f"aio_handle returned {completed}")
+
+
+def _load_operator() -> Any:
+    """The built async_io extension: installed with DeepSpeed, or compiled by an earlier
+    ``load()``."""
+    try:
+        from deepspeed.git_version_info import installed_ops
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+        from torch.utils.cpp_extension import _get_build_directory
+    except ImportError as error:
+        raise BackendUnavailableError(f"deepnvme needs DeepSpeed: {error}") from error
+    builder = AsyncIOBuilder()
+    if installed_ops.get(builder.name, False):
+        return builder.load(verbose=False)
+    library = Path(_get_build_directory(builder.name, verbose=False)) / f"{builder.name}.so"
+    spec = importlib.util.spec_from_file_location(builder.name, library)
+    if not library.is_file() or spec is None or spec.loader is None:
+        raise BackendUnavailableError(
+            "deepnvme needs DeepSpeed's async_io op, which is not built here; install libaio's "
+            "headers and run DS_BUILD_AIO=1 pip install --no-cache-dir --force-reinstall deepspeed, "
+            "or use the posix backend"
+        )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,114 @@
+"""Direct reads and writes by preadv and pwritev over a few threads. Needs nothing but Linux."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from kvcache.arena import ALIGNMENT
+from kvcache.errors import StorageError
+from kvcache.storage import DirectFile, StorageBackend, check_aligned
+
+CHUNK_BYTES = 8 << 20
+NUM_THREADS = 3
+"""Together the fastest of 1-16 MiB by 1-8 threads on a cloud NVMe volume that reads 2-3 GB/s."""
+
+
+class PosixBackend(StorageBackend):
+    """Cuts every transfer into chunks and keeps ``num_threads`` of them in flight."""
+
+    def __init__(self, *, chunk_bytes: int = CHUNK_BYTES, num_threads: int = NUM_THREADS) -> None:
+        if chunk_bytes <= 0 or chunk_bytes % ALIGNMENT:
+            raise ValueError(f"chunk_bytes is {chunk_bytes}; it must be a multiple of {ALIGNMENT}")
+        self._chunk_bytes = chunk_bytes
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="storage")
+
+    def read(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> None:
+        check_aligned(offset, buffer)
+        _transfer(file, offset, buffer.numpy().data, os.preadv)
+
+    def submit(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> Future[None]:
+        check_aligned(offset, buffer)
+        return self._submit(file, offset, buffer.numpy().data, os.preadv)
+
+    def write(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> None:
+        check_aligned(offset, buffer)
+        self._submit(file, offset, buffer.numpy().data, os.pwritev).result()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+    def _submit(
+        self, file: DirectFile, offset: int, view: memoryview, call: Callable[..., int]
+    ) -> Future[None]:
+        starts = range(0, len(view), self._chunk_bytes)
+        transfer = _Transfer(len(starts))
+        for start in starts:
+            chunk = view[start : start + self._chunk_bytes]
+            self._pool.submit(transfer.run, file, offset + start, chunk, call)
+        return transfer.future
+
+
+class _Transfer:
+    """The chunks of one request. Its future ends with the last chunk, failed or not, so that no
+    thread still touches the buffer afterwards."""
+
+    def __init__(self, num_chunks: int) -> None:
+        self.future: Future[None] = Future()
+        self._lock = threading.Lock()
+        self._left = num_chunks
+        self._error: Exception | None = None
+        if not num_chunks:
+            self.future.set_result(None)
+
+    def run(
+        self, file: DirectFile, offset: int, view: memoryview, call: Callable[..., int]
+    ) -> None:
+        error: Exception | None = None
+        try:
+            _transfer(file, offset, view, call)
+        except Exception as failure:  # handed to whoever waits on the future
+            error = failure
+        with self._lock:
+            self._error = self._error or error
+            self._left -= 1
+            if self._left:
+                return
+        if self._error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(self._error)
+
+
+def _transfer(file: DirectFile, offset: int, view: memoryview, call: Callable[..., int]) -> None:
+    """Move all of ``view``, going on after short transfers and trying once more after a failure."""
+    done = 0
+    retried = False
+    while done < len(view):
+        failure = "the file ends here; it is shorter than its index says"
+        try:
+            moved = call(file.descriptor, [view[done:]], offset + done)
+        except OSError as error:
+            moved = 0
+            failure = _reason(error)
+        if file.direct:
+            moved -= moved % ALIGNMENT
+        done += moved
+        if moved:
+            continue
+        if retried:
+            raise StorageError(str(file.path), offset + done, failure)
+        retried = True
+    if not file.direct:
+        os.posix_fadvise(file.descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return "the disk is full; free space or give another nvme_dir"
+    return f"{os.strerror(error.errno or 0)} (twice in a row)"

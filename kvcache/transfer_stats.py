@@ -1,0 +1,85 @@
+"""Counts the bytes that move between tiers and the time that this takes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+from kvcache.tier import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What moves ("weights", "rows", ...), from which tier, to which."""
+
+    kind: str
+    source: Tier
+    target: Tier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkTotals:
+    """``busy_s`` is the time during which at least one transfer was under way on the link."""
+
+    num_transfers: int
+    num_bytes: int
+    busy_s: float
+
+
+@dataclass(slots=True)
+class _Counter:
+    num_transfers: int = 0
+    num_bytes: int = 0
+    busy_s: float = 0.0
+    in_flight: int = 0
+    since: float = 0.0
+
+
+class TransferStats:
+    """Counters by link, and the seconds that readers waited for data. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counters: dict[Link, _Counter] = {}
+        self._stall_s = 0.0
+
+    def begin(self, link: Link) -> None:
+        """A transfer starts. Every one ends with `end`."""
+        with self._lock:
+            counter = self._counters.setdefault(link, _Counter())
+            if counter.in_flight == 0:
+                counter.since = time.perf_counter()
+            counter.in_flight += 1
+
+    def end(self, link: Link, num_bytes: int) -> None:
+        """A transfer of ``num_bytes`` is over; 0 where it failed."""
+        with self._lock:
+            counter = self._counters[link]
+            counter.in_flight -= 1
+            counter.num_transfers += 1
+            counter.num_bytes += num_bytes
+            if counter.in_flight == 0:
+                counter.busy_s += time.perf_counter() - counter.since
+
+    def add_stall(self, seconds: float) -> None:
+        """A reader waited that long."""
+        with self._lock:
+            self._stall_s += seconds
+
+    @property
+    def stall_s(self) -> float:
+        return self._stall_s
+
+    def snapshot(self) -> dict[Link, LinkTotals]:
+        """The totals so far, transfers under way included in the time and not in the bytes."""
+        with self._lock:
+            now = time.perf_counter()
+            return {
+                link: LinkTotals(
+                    num_transfers=counter.num_transfers,
+                    num_bytes=counter.num_bytes,
+                    busy_s=counter.busy_s + (now - counter.since if counter.in_flight else 0.0),
+                )
+                for link, counter in self._counters.items()
+            }

@@ -1,0 +1,454 @@
+"""The weights of one shard on three tiers, brought to the device ahead of the computation.
+
+A pass uses its units in a fixed cyclic order, so the ones that are not resident are fetched in that
+order into a ring on the device, always as far ahead as the ring has room: past the end of a pass
+into the next.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvcache.arena import ALIGNMENT, Arena
+from kvcache.errors import StoreError, TierFullError
+from kvcache.ring import Ring
+from kvcache.row_reader import RowReader
+from kvcache.shard_store import ShardStore
+from kvcache.tier import Tier
+from kvcache.transfer_stats import Link, TransferStats
+from kvcache.unit_layout import TensorSlot, UnitLayout
+
+Fill = Callable[[UnitLayout, torch.Tensor], None]
+"""Writes a unit's tensors into its zeroed bytes (uint8, CPU)."""
+
+__all__ = ["Fill", "TensorSlot", "UnitLayout", "WeightManager"]
+
+_ATTEMPTS = 2
+
+
+class _State(enum.Enum):
+    LOADING = enum.auto()
+    READY = enum.auto()
+    FAILED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One unit on its way into the ring, or in it. ``staging`` is where its read lands, if not
+    there."""
+
+    layout: UnitLayout
+    start: int
+    buffer: torch.Tensor
+    views: dict[str, torch.Tensor]
+    staging: torch.Tensor | None = None
+    staging_start: int = 0
+    state: _State = _State.LOADING
+    holders: int = 0
+    attempts: int = 0
+    dropped: bool = False
+    error: BaseException | None = None
+
+
+class WeightManager:
+    """Owns every weight of a shard, the ring, and the store; takes their memory from the two
+    arenas.
+
+    `acquire` and `release` are called by the thread that computes. On a CUDA device the units are
+    ready for the current stream when `acquire` returns, and `release` waits for what that stream
+    was given so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        units: Sequence[UnitLayout],
+        placements: Mapping[str, Tier],
+        device: torch.device,
+        device_arena: Arena,
+        host_arena: Arena,
+        ring_bytes: int,
+        store: ShardStore | None = None,
+        rows_only: Collection[str] = (),
+    ) -> None:
+        """``units`` stand in the order of a pass. Those in ``rows_only`` are read by `gather_rows`
+        alone.
+
+        Raises ValueError for a placement that cannot work. Nothing is allocated before `load`.
+        """
+        self._units = {unit.name: unit for unit in units}
+        self._tiers = {name: placements[name] for name in self._units}
+        self._device = device
+        self._on_cuda = device.type == "cuda"
+        self._device_arena = device_arena
+        self._host_arena = host_arena
+        self._store = store
+        self._order = [
+            unit.name
+            for unit in units
+            if self._tiers[unit.name] is not Tier.DEVICE and unit.name not in rows_only
+        ]
+        self._index = {name: position for position, name in enumerate(self._order)}
+        self._ring = Ring(ring_bytes // ALIGNMENT * ALIGNMENT if self._order else 0)
+        self._staging = Ring(self._staging_bytes() if self._on_cuda else 0)
+        self._check_placements()
+        self.stats = TransferStats()
+        self._resident: dict[str, dict[str, torch.Tensor]] = {}
+        self._host: dict[str, torch.Tensor] = {}
+        self._owned: list[tuple[Arena, torch.Tensor]] = []
+        self._ring_bytes = torch.empty(0, dtype=torch.uint8)
+        self._staging_memory = torch.empty(0, dtype=torch.uint8)
+        self._rows: RowReader | None = None
+        self._changed = threading.Condition()
+        self._flights: dict[str, _Flight] = {}
+        self._cursor = 0
+        self._num_loading = 0
+        self._closed = False
+        self._copies = ThreadPoolExecutor(1, thread_name_prefix="weight-copy")
+        self._copy_stream: torch.cuda.Stream | None = None
+        if self._on_cuda:
+            self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._last_release: torch.cuda.Event | None = None
+
+    def load(self, fill: Fill, progress: Callable[[int], None] | None = None) -> None:
+        """Bring every unit to its tier and start to prefetch.
+
+        NVMe units are written to the store unless it holds them already; the rest is filled in
+        place, or through a staging buffer of the host arena for a CUDA device. ``progress`` gets
+        each unit's bytes. Closes itself and raises what failed: TierFullError, StoreError, or
+        ``fill``'s own error.
+        """
+        try:
+            self._load_nvme(fill, progress)
+            self._load_resident(fill, progress)
+            if self._order:
+                self._ring_bytes = self._allocate(self._device_arena, self._ring.capacity)
+            if self._staging.capacity:
+                self._staging_memory = self._allocate(self._host_arena, self._staging.capacity)
+        except BaseException:
+            self.close()
+            raise
+        with self._changed:
+            self._advance()
+
+    def acquire(self, unit: str) -> dict[str, torch.Tensor]:
+        """The unit's tensors on the device, by name; blocks until they are there.
+
+        Valid until the matching `release`; do not write to them. In the order of the pass this
+        waits only for I/O that is slower than the computation; in any other order it starts the
+        prefetch afresh from there. Raises StorageError or CorruptUnitError if the unit cannot be
+        read, TierFullError if units that are held leave it no room in the ring.
+        """
+        views = self._resident.get(unit)
+        if views is not None:
+            return views
+        if unit not in self._index:
+            raise ValueError(f"unit {unit} is not one that a pass acquires")
+        with self._changed:
+            flight = self._locate(unit)
+            while flight is None or flight.state is _State.LOADING:
+                started = time.perf_counter()
+                self._changed.wait()
+                self.stats.add_stall(time.perf_counter() - started)
+                if flight is None or self._closed:
+                    flight = self._locate(unit)
+            if flight.error is not None:
+                self._drop(flight)
+                raise flight.error
+            flight.holders += 1
+            return flight.views
+
+    def release(self, unit: str) -> None:
+        """The computation no longer needs the unit; its room may be reused. ValueError if not
+        acquired."""
+        if unit in self._resident:
+            return
+        with self._changed:
+            flight = self._flights.get(unit)
+            if flight is None or flight.holders == 0:
+                raise ValueError(f"unit {unit} is released but not acquired")
+            flight.holders -= 1
+            if flight.holders == 0:
+                if self._on_cuda:
+                    self._last_release = torch.cuda.current_stream(self._device).record_event()
+                self._drop(flight)
+                self._advance()
+
+    def gather_rows(self, unit: str, tensor: str, ids: torch.Tensor) -> torch.Tensor:
+        """The rows ``ids`` (int64 [n]) of a tensor, as [n, ...] on the device, from whatever tier.
+
+        From NVMe only the pages of those rows are read. Raises IndexError for a row that does not
+        exist.
+        """
+        slot = self._units[unit].slot(tensor)
+        if unit in self._resident:
+            return self._resident[unit][tensor].index_select(0, ids.to(self._device))
+        if unit in self._host:
+            link = Link("rows", Tier.HOST, Tier.DEVICE)
+            self.stats.begin(link)
+            rows = slot.view(self._host[unit]).index_select(0, ids.cpu()).to(self._device)
+            self.stats.end(link, rows.nbytes)
+            return rows
+        assert self._rows is not None, "the weights are not loaded"
+        link = Link("rows", Tier.NVME, Tier.DEVICE)
+        num_bytes = 0
+        self.stats.begin(link)
+        try:
+            rows, num_bytes = self._rows.read(unit, slot, ids)
+        finally:
+            self.stats.end(link, num_bytes)
+        return rows.to(self._device)
+
+    def close(self) -> None:
+        """Wait for transfers under way, end the threads, close the store, free the memory.
+        Idempotent."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._num_loading == 0)
+        self._copies.shutdown(wait=True)
+        if self._rows is not None:
+            self._rows.close()
+        if self._store is not None:
+            self._store.close()
+        self._flights.clear()
+        self._resident.clear()
+        self._host.clear()
+        for arena, buffer in self._owned:
+            arena.release(buffer)
+        self._owned.clear()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless ring, flights and arenas agree."""
+        with self._changed:
+            self._ring.check_integrity()
+            self._staging.check_integrity()
+            loading = [f for f in self._flights.values() if f.state is _State.LOADING]
+            assert len(loading) <= self._num_loading
+            assert self._ring.num_held >= len(self._flights)
+            assert self._ring.num_held <= len(self._flights) + self._num_loading
+            for name, flight in self._flights.items():
+                assert flight.layout.name == name and not flight.dropped
+                assert flight.holders == 0 or flight.state is _State.READY
+        self._device_arena.check_integrity()
+        self._host_arena.check_integrity()
+
+    def _check_placements(self) -> None:
+        if Tier.NVME in self._tiers.values() and self._store is None:
+            raise ValueError("units are placed on NVMe, but there is no store for them")
+        largest = max((self._units[name].num_bytes for name in self._order), default=0)
+        if largest > self._ring.capacity:
+            raise ValueError(
+                f"the ring of {self._ring.capacity} bytes cannot hold the largest unit that passes "
+                f"through it; make it {largest} bytes or more, twice that to overlap"
+            )
+
+    def _staging_bytes(self) -> int:
+        sizes = [self._units[n].num_bytes for n in self._order if self._tiers[n] is Tier.NVME]
+        return 2 * max(sizes, default=0)
+
+    def _allocate(self, arena: Arena, num_bytes: int) -> torch.Tensor:
+        buffer = arena.allocate(num_bytes)
+        self._owned.append((arena, buffer))
+        return buffer
+
+    def _free(self, buffer: torch.Tensor) -> None:
+        arena = next(arena for arena, owned in self._owned if owned is buffer)
+        self._owned = [(a, owned) for a, owned in self._owned if owned is not buffer]
+        arena.release(buffer)
+
+    def _scratch(self, num_bytes: int) -> torch.Tensor:
+        """CPU memory for the load, from whichever arena has room for it."""
+        fits_host = num_bytes <= self._host_arena.free_bytes
+        arena = self._host_arena if fits_host or self._on_cuda else self._device_arena
+        return self._allocate(arena, num_bytes)
+
+    def _load_nvme(self, fill: Fill, progress: Callable[[int], None] | None) -> None:
+        units = [self._units[n] for n, tier in self._tiers.items() if tier is Tier.NVME]
+        if self._store is None or not units:
+            return
+        scratch: list[torch.Tensor] = []
+
+        def staging() -> torch.Tensor:
+            scratch.append(self._scratch(max(unit.num_bytes for unit in units)))
+            return scratch[0]
+
+        self._store.open_or_pack(
+            [(unit.name, unit.num_bytes) for unit in units],
+            lambda name, buffer: fill(self._units[name], buffer),
+            staging,
+            progress,
+        )
+        for buffer in scratch:
+            self._free(buffer)
+        slots = [slot for unit in units for slot in unit.tensors if slot.shape]
+        row_bytes = max((slot.num_bytes // slot.shape[0] for slot in slots), default=0)
+        self._rows = RowReader(self._store, row_bytes)
+        for unit in units:
+            if unit.name not in self._index:
+                self._rows.verify_first_read(unit.name)
+
+    def _load_resident(self, fill: Fill, progress: Callable[[int], None] | None) -> None:
+        resident = [unit for n, unit in self._units.items() if self._tiers[n] is not Tier.NVME]
+        staging: torch.Tensor | None = None
+        if self._on_cuda and any(self._tiers[unit.name] is Tier.DEVICE for unit in resident):
+            sizes = [u.num_bytes for u in resident if self._tiers[u.name] is Tier.DEVICE]
+            staging = self._scratch(max(sizes))
+        for unit in sorted(resident, key=lambda unit: self._tiers[unit.name] is Tier.HOST):
+            if self._tiers[unit.name] is Tier.HOST:
+                if staging is not None:
+                    self._free(staging)
+                    staging = None
+                self._host[unit.name] = self._allocate(self._host_arena, unit.num_bytes)
+                fill(unit, self._host[unit.name])
+            else:
+                buffer = self._allocate(self._device_arena, unit.num_bytes)
+                if staging is None:
+                    fill(unit, buffer)
+                else:
+                    part = staging[: unit.num_bytes].zero_()
+                    fill(unit, part)
+                    buffer.copy_(part)
+                self._resident[unit.name] = unit.views(buffer)
+            if progress is not None:
+                progress(unit.num_bytes)
+        if staging is not None:
+            self._free(staging)
+
+    def _locate(self, unit: str) -> _Flight | None:
+        """The unit's flight, older ones that nobody holds dropped. Turns the prefetch to it if it
+        has none; None while dropped transfers still occupy the room it needs."""
+        if self._closed:
+            raise StoreError("the weights are closed")
+        if unit not in self._flights:
+            for flight in list(self._flights.values()):
+                self._drop_unheld(flight)
+            self._cursor = self._index[unit]
+            self._advance()
+            if unit not in self._flights and self._num_loading == 0:
+                held = sum(flight.layout.num_bytes for flight in self._flights.values())
+                size, capacity = self._units[unit].num_bytes, self._ring.capacity
+                raise TierFullError(Tier.DEVICE, size, capacity - held, capacity)
+            return self._flights.get(unit)
+        for name, flight in list(self._flights.items()):
+            if name == unit:
+                break
+            self._drop_unheld(flight)
+        return self._flights[unit]
+
+    def _drop_unheld(self, flight: _Flight) -> None:
+        if flight.holders == 0:
+            self._drop(flight)
+
+    def _drop(self, flight: _Flight) -> None:
+        """Forget a flight. Its room is free at once, or when its transfer is over."""
+        del self._flights[flight.layout.name]
+        flight.dropped = True
+        if flight.state is not _State.LOADING:
+            self._ring.free(flight.start)
+
+    def _advance(self) -> None:
+        """Start fetching the next units of the cycle while there is room for them. Lock held."""
+        while self._order and not self._closed:
+            name = self._order[self._cursor]
+            if name in self._flights or not self._launch(self._units[name]):
+                return
+            self._cursor = (self._cursor + 1) % len(self._order)
+
+    def _launch(self, unit: UnitLayout) -> bool:
+        staging, staging_start = None, 0
+        if self._on_cuda and self._tiers[unit.name] is Tier.NVME:
+            place = self._staging.allocate(unit.num_bytes)
+            if place is None:
+                return False
+            staging_start = place
+            staging = self._staging_memory[place : place + unit.num_bytes]
+        start = self._ring.allocate(unit.num_bytes)
+        if start is None:
+            if staging is not None:
+                self._staging.free(staging_start)
+            return False
+        buffer = self._ring_bytes[start : start + unit.num_bytes]
+        flight = _Flight(unit, start, buffer, unit.views(buffer), staging, staging_start)
+        self._flights[unit.name] = flight
+        self._num_loading += 1
+        self._start(flight)
+        return True
+
+    def _start(self, flight: _Flight) -> None:
+        flight.attempts += 1
+        name = flight.layout.name
+        if self._tiers[name] is Tier.HOST:
+            self._copies.submit(self._copy, flight, self._host[name])
+            return
+        assert self._store is not None
+        target = flight.buffer if flight.staging is None else flight.staging
+        link = self._read_link(flight)
+        self.stats.begin(link)
+        future = self._store.submit(name, target)
+        future.add_done_callback(lambda done: self._read_done(flight, target, done))
+
+    def _read_link(self, flight: _Flight) -> Link:
+        return Link("weights", Tier.NVME, Tier.DEVICE if flight.staging is None else Tier.HOST)
+
+    def _read_done(self, flight: _Flight, target: torch.Tensor, done: Future[None]) -> None:
+        assert self._store is not None
+        error = done.exception()
+        self.stats.end(self._read_link(flight), 0 if error else flight.layout.num_bytes)
+        if error is None:
+            try:
+                self._store.check_first_read(flight.layout.name, target)
+            except Exception as failure:  # surfaces in acquire
+                error = failure
+        if error is None and flight.staging is not None:
+            self._copies.submit(self._copy, flight, flight.staging)
+        else:
+            self._settle(flight, error)
+
+    def _copy(self, flight: _Flight, source: torch.Tensor) -> None:
+        """Copy a unit from host memory into the ring. Runs in the copy thread."""
+        link = Link("weights", Tier.HOST, Tier.DEVICE)
+        error: BaseException | None = None
+        self.stats.begin(link)
+        try:
+            if self._copy_stream is None:
+                # One memcpy without the GIL: torch's own copy would take the compute threads.
+                np.copyto(flight.buffer.numpy(), source.numpy())
+            else:
+                with torch.cuda.stream(self._copy_stream):
+                    if self._last_release is not None:
+                        self._copy_stream.wait_event(self._last_release)
+                    flight.buffer.copy_(source, non_blocking=True)
+                self._copy_stream.synchronize()
+        except Exception as failure:  # surfaces in acquire
+            error = failure
+        self.stats.end(link, 0 if error else flight.layout.num_bytes)
+        self._settle(flight, error)
+
+    def _settle(self, flight: _Flight, error: BaseException | None) -> None:
+        """A transfer is over: try once more if it failed, else make its outcome known."""
+        with self._changed:
+            abandoned = flight.dropped or self._closed
+            if error is not None and not abandoned and flight.attempts < _ATTEMPTS:
+                self._start(flight)
+                return
+            self._num_loading -= 1
+            flight.error = error
+            flight.state = _State.READY if error is None else _State.FAILED
+            if flight.staging is not None:
+                self._staging.free(flight.staging_start)
+                flight.staging = None
+            if flight.dropped:
+                self._ring.free(flight.start)
+            self._advance()
+            self._changed.notify_all()
