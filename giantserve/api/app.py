@@ -25,6 +25,7 @@ from giantserve.api.engine import ServingEngine
 from giantserve.api.errors import error_object, error_response
 from giantserve.api.generation import Generation
 from giantserve.api.metrics import Metrics, NoMetrics
+from giantserve.api.no_tokenizer import codec_of
 from giantserve.api.prompts import chat_prompt, completion_prompts, remaining_tokens
 from giantserve.api.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
 from giantserve.api.sse import CLIENT_GONE_STATUS, DONE, EventStream
@@ -144,7 +145,7 @@ class Routes:
             metrics=self._metrics,
             score_only=score_only,
         )
-        answer = CompletionAnswer(fields, prompts, engine.tokenizer, envelope)
+        answer = CompletionAnswer(fields, prompts, codec_of(engine), envelope)
         return await self._respond(request, fields, generation, answer, started_s)
 
     async def _chat(
@@ -163,7 +164,7 @@ class Routes:
             priority=fields.priority,
             metrics=self._metrics,
         )
-        answer = ChatAnswer(fields, engine.tokenizer, envelope)
+        answer = ChatAnswer(fields, codec_of(engine), envelope)
         return await self._respond(request, fields, generation, answer, started_s)
 
     async def _respond(

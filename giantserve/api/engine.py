@@ -20,6 +20,8 @@ class TextCodec(Protocol):
 
     def token_text(self, token_id: int) -> str: ...
 
+    def token_bytes(self, token_id: int) -> bytes: ...
+
 
 class ServingEngine(Protocol):
     """An engine that streams.
@@ -34,7 +36,7 @@ class ServingEngine(Protocol):
     def max_model_len(self) -> int: ...
 
     @property
-    def tokenizer(self) -> TextCodec: ...
+    def tokenizer(self) -> TextCodec | None: ...
 
     def generate(
         self,

@@ -76,11 +76,10 @@ def _with_chosen(position: PositionLogprobs) -> list[TokenLogprob]:
 
 
 def _chat_token(codec: TextCodec, token: TokenLogprob) -> dict[str, Any]:
-    text = codec.token_text(token.token_id)
     return {
-        "token": text,
+        "token": codec.token_text(token.token_id),
         "logprob": _finite(token.logprob),
-        "bytes": list(text.encode("utf-8", "surrogatepass")),
+        "bytes": list(codec.token_bytes(token.token_id)),
     }
 
 

@@ -9,6 +9,7 @@ from giantserve.api.engine import ServingEngine
 from giantserve.api.errors import CONTEXT_LENGTH_EXCEEDED, ParameterError
 from giantserve.api.generation import Prompt
 from giantserve.api.messages import Message
+from giantserve.api.no_tokenizer import codec_of
 
 # Longer texts are tokenised in a thread, so that other clients' streams do not wait for them.
 INLINE_CHARACTERS = 8192
@@ -18,7 +19,7 @@ async def completion_prompts(
     engine: ServingEngine, given: Sequence[str] | Sequence[list[int]], needs_text: bool
 ) -> list[Prompt]:
     """Tokenise texts, take ids as they are. ``needs_text``: ids are decoded for the echo."""
-    codec = engine.tokenizer
+    codec = codec_of(engine)
     prompts = []
     for prompt in given:
         if isinstance(prompt, str):
@@ -38,7 +39,7 @@ async def completion_prompts(
 async def chat_prompt(engine: ServingEngine, messages: Sequence[Message]) -> Prompt:
     """Render the chat template and tokenise."""
     turns = [message.for_template() for message in messages]
-    render = engine.tokenizer.render_chat
+    render = codec_of(engine).render_chat
     if sum(len(message.content) for message in messages) > INLINE_CHARACTERS:
         return Prompt(token_ids=await asyncio.to_thread(render, turns))
     return Prompt(token_ids=render(turns))

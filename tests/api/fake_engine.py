@@ -30,6 +30,9 @@ class CharacterTokenizer:
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return chr(token_id).encode()
+
     def render_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         return self.encode(
             "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
@@ -42,7 +45,7 @@ class FakeEngine:
     def __init__(self, *, max_model_len: int = 64, error: Exception | None = None) -> None:
         self.model_name = "fake"
         self.max_model_len = max_model_len
-        self.tokenizer = CharacterTokenizer()
+        self.tokenizer: CharacterTokenizer | None = CharacterTokenizer()
         self.error = error
         self.fail_after = 0
         self.stall_after: int | None = None

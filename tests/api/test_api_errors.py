@@ -143,3 +143,13 @@ async def test_an_error_after_the_stream_began_is_an_event(
         '"param": null, "code": null}}'
     )
     assert engine.running == set()
+
+
+async def test_a_model_without_a_tokenizer_takes_token_ids(
+    http: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.tokenizer = None
+    body = {"model": "fake", "max_tokens": 1}
+    check(await http.post(PATH, json={**body, "prompt": "hi"}), 400, "send the prompt as token ids")
+    response = await http.post(PATH, json={**body, "prompt": [1, 2], "logprobs": 0})
+    assert response.json()["choices"][0]["logprobs"]["tokens"] == ["token_id:97"]

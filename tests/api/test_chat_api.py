@@ -6,7 +6,7 @@ import json
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
+from fake_engine import CharacterTokenizer, FakeEngine
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -26,7 +26,7 @@ async def test_whole_answer(http: httpx.AsyncClient, engine: FakeEngine) -> None
             "stop_reason": None,
         }
     ]
-    assert engine.tokenizer.decode(engine.calls[0]["ids"]) == "<user>hi<assistant>"
+    assert CharacterTokenizer().decode(engine.calls[0]["ids"]) == "<user>hi<assistant>"
 
 
 async def test_text_parts_names_and_returned_answers(
@@ -40,7 +40,7 @@ async def test_text_parts_names_and_returned_answers(
     body = {"model": "fake", "messages": messages, "max_completion_tokens": 1}
     response = await http.post("/v1/chat/completions", json=body)
     assert response.status_code == 200, response.text
-    rendered = engine.tokenizer.decode(engine.calls[0]["ids"])
+    rendered = CharacterTokenizer().decode(engine.calls[0]["ids"])
     assert rendered == "<system>s<user>ab<assistant>c<assistant>"
 
 

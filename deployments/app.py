@@ -1,0 +1,47 @@
+"""The Ray Serve application: ``serve run deployments.app:build_app model=PATH ...``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from deployments.options import parse_args
+from deployments.placement import bundles
+from deployments.replica import Replica
+from giantserve.planning import plan_for
+
+APP_NAME = "giantserve"
+
+
+def build_app(args: Mapping[str, Any]) -> serve.Application:
+    """Plan the model and bind one deployment whose replicas each own an engine and its shards.
+
+    ``args`` are the fields of `EngineConfig` and `DeploymentOptions`, values as text or as they are
+    ("256MiB", "2", true). The plan made here fixes the number of shards, hence the bundles; every
+    replica is held to it. Raises ConfigError for an unknown or wrong option, PlanError where no
+    plan exists.
+    """
+    config, options = parse_args(args)
+    config = replace(config, executor="ray")
+    plan = plan_for(config)
+    config = replace(
+        config, tensor_parallel=plan.tensor_parallel, pipeline_parallel=plan.pipeline_parallel
+    )
+    deployment = Replica.options(  # type: ignore[attr-defined]
+        num_replicas=options.num_replicas,
+        ray_actor_options={"num_cpus": options.cpus_per_replica},
+        placement_group_bundles=bundles(plan, config, options),
+        placement_group_strategy="PACK",
+        max_ongoing_requests=options.max_ongoing_requests,
+        health_check_period_s=options.health_check_period_s,
+        health_check_timeout_s=options.health_check_timeout_s,
+        graceful_shutdown_timeout_s=options.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_constructor_retry_count=1,
+        logging_config=LoggingConfig(enable_access_log=False),
+    )
+    return deployment.bind(config, options)  # type: ignore[no-any-return]
