@@ -17,6 +17,7 @@ from giantserve.token_logprobs import position_logprobs
 class Sampler:
     """Chooses one token a row, from its logits and its own fields alone; keeps no state."""
 
+    @torch.inference_mode()
     def sample(self, logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """The tokens of the S rows, in order. ``logits_SV`` [rows, vocabulary] is only read.
 
@@ -42,6 +43,7 @@ class Sampler:
             for index, (row, token_id) in enumerate(zip(rows, token_ids, strict=True))
         ]
 
+    @torch.inference_mode()
     def prompt_logprobs(
         self, logits_TV: torch.Tensor, next_token_ids: Sequence[int], k: int
     ) -> list[PositionLogprobs]:

@@ -133,14 +133,13 @@ def _inverse_cdf(weights_RV: torch.Tensor, uniforms_R: torch.Tensor) -> list[int
     if padding:
         weights_RV = functional.pad(weights_RV, (0, padding))
     blocks_RCB = weights_RV.view(weights_RV.shape[0], -1, _BLOCK)
-    mass_RC = blocks_RCB.sum(dim=-1).double()
-    cumulative_RC = mass_RC.cumsum(dim=-1)
+    cumulative_RC = blocks_RCB.sum(dim=-1).double().cumsum(dim=-1)
     target_R1 = uniforms_R[:, None] * cumulative_RC[:, -1:]
     block_R1 = _first_above(cumulative_RC, target_R1)
-    before_R1 = cumulative_RC.gather(1, block_R1) - mass_RC.gather(1, block_R1)
+    before_R1 = functional.pad(cumulative_RC, (1, -1)).gather(1, block_R1)
     rows = torch.arange(len(blocks_RCB), device=weights_RV.device)
     cumulative_RB = blocks_RCB[rows, block_R1[:, 0]].double().cumsum(dim=-1)
-    offset_R1 = _first_above(cumulative_RB, (target_R1 - before_R1).clamp_min(0.0))
+    offset_R1 = _first_above(cumulative_RB, target_R1 - before_R1)
     token_ids: list[int] = (block_R1 * _BLOCK + offset_R1)[:, 0].tolist()
     return token_ids
 

@@ -67,12 +67,14 @@ class Tokenizer:
                 str(folder), trust_remote_code=trust_remote_code, local_files_only=True
             )
         except Exception as error:
-            why = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"cannot load the tokenizer in {folder}: {why}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"cannot load the tokenizer in {folder}: {reason}; restore its files"
+            ) from error
         return cls(tokenizer, end_token_ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of ``text``; raises ``InvalidRequestError`` for text that is not valid Unicode."""
+        """The ids of ``text``; raises ``InvalidRequestError`` if it is not valid Unicode."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:

@@ -120,6 +120,20 @@ def test_filters_equal_transformers(vocab: int, top_k: int, top_p: float, min_p:
     assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-7)
 
 
+def test_a_nucleus_wider_than_the_candidates_equals_transformers() -> None:
+    """Rows of narrow and wide nuclei in one batch: only the wide ones need the whole vocabulary."""
+    logits = random_logits(4, 3000) * torch.tensor([[0.1], [2.0], [0.03], [1.0]])
+    expected = hf.TopPLogitsWarper(0.9)(None, logits.clone()) > -torch.inf
+    kept = filtered_probs(logits.clone(), [SamplingParams(top_p=0.9)] * 4) > 0
+    sizes = kept.sum(-1).tolist()
+    assert sizes[0] > 256 > sizes[1]
+    assert (kept != expected).sum() <= 4  # single-precision sums over 3000 tokens, either way
+    limited = [SamplingParams(top_p=0.9, top_k=k) for k in (0, 0, 10, 0)]
+    mixed = filtered_probs(logits.clone(), limited) > 0
+    assert torch.equal(mixed[[0, 1, 3]], kept[[0, 1, 3]])
+    assert mixed[2].sum() == 9
+
+
 def test_tokens_tied_with_the_last_one_kept_are_kept() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]])
     kept = filtered_probs(logits.clone(), [SamplingParams(top_k=2)])[0] > 0
@@ -164,6 +178,23 @@ def test_a_token_of_no_weight_is_never_drawn(number: float) -> None:
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, [300, 700]] = 1.0
     assert draw_tokens(logits, [SamplingParams()], [number]) == [300 if number < 0.5 else 700]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_rounding_never_leaves_the_kept_tokens(seed: int) -> None:
+    """Block sums in single and double precision differ; the last share still has an owner."""
+    logits = random_logits(1, 250, seed)
+    logits[0, 200:] = -torch.inf
+    assert draw_tokens(logits, [SamplingParams()], [math.nextafter(1.0, 0.0)])[0] < 200
+
+
+@pytest.mark.parametrize("exponent", range(1, 60))
+def test_rounding_between_blocks(exponent: int) -> None:
+    """A block so light that rounding may lose it: its first id, of weight zero, is safe."""
+    logits = torch.full((1, 512), -torch.inf)
+    logits[0, 0] = 0.0
+    logits[0, 300] = -34.0 - exponent / 20
+    assert draw_tokens(logits, [SamplingParams()], [math.nextafter(1.0, 0.0)])[0] in (0, 300)
 
 
 def test_uniform_numbers_are_fixed_for_good() -> None:
