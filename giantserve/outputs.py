@@ -82,11 +82,28 @@ class RequestOutput:
     request_id: str
     prompt_token_ids: list[int]
     choices: list[Completion]
-    usage: Usage
+    usage: Usage | None = None
     prompt: str | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     time_to_first_token_s: float = 0.0
     latency_s: float = 0.0
+
+    def add(self, delta: StreamDelta, elapsed_s: float) -> None:
+        """Append what a delta brings; ``elapsed_s`` counts from the request's submission."""
+        choice = self.choices[delta.index]
+        if not any(c.token_ids for c in self.choices):
+            self.time_to_first_token_s = elapsed_s
+        choice.text += delta.text
+        choice.token_ids.extend(delta.token_ids)
+        if delta.logprobs is not None:
+            choice.logprobs = [*(choice.logprobs or []), *delta.logprobs]
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = list(delta.prompt_logprobs)
+        if delta.finish_reason is not None:
+            choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+        if delta.usage is not None:
+            self.usage = delta.usage
+            self.latency_s = elapsed_s
 
     @property
     def text(self) -> str:

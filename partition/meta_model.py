@@ -73,6 +73,7 @@ def build_meta_model(config: Any, attention: str = ATTENTION_NAME) -> PreTrained
         raise UnsupportedArchitectureError(
             f"transformers cannot build a causal LM from this {config.model_type} config: {error}"
         ) from error
+    model.config.pad_token_id = None  # else some models look for padding in every batch
     return model.eval()
 
 
@@ -179,12 +180,14 @@ class Observation:
     """What one token's pass over the meta model showed.
 
     ``cached`` maps a layer to the key and value shapes that went into its cache. ``attends_cached``: the
-    attention function saw just those tensors, once a layer. ``before`` and ``after`` are the modules outside
+    attention function saw just those tensors, once a layer. ``layer_outputs``: how many values a layer
+    returns as a tuple, 0 for a bare tensor. ``before`` and ``after`` are the modules outside
     the layers that own parameters, by when they ran.
     """
 
     layers_path: str
     attends_cached: bool = True
+    layer_outputs: int = 0
     attention_modules: dict[int, str] = field(default_factory=dict)
     cached: dict[int, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
     before: set[str] = field(default_factory=set)
@@ -218,11 +221,15 @@ def observe(model: PreTrainedModel, num_layers: int) -> Observation:
         nonlocal reached_layers
         reached_layers = True
 
+    def leave_layer(module: nn.Module, args: Any, output: Any) -> None:
+        seen.layer_outputs = len(output) if isinstance(output, tuple) else 0
+
     def outside(module: nn.Module, args: Any) -> None:
         (seen.after if reached_layers else seen.before).add(names[module])
 
     bind_attention(model, attention)
     hooks = [layer.register_forward_pre_hook(enter_layer) for layer in layers]
+    hooks.append(layers[0].register_forward_hook(leave_layer))
     inside = {module for layer in layers for module in layer.modules()}
     for module in model.modules():
         if module not in inside and next(module.parameters(recurse=False), None) is not None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from kvcache.layout import DTYPE_BYTES, KVLayerSpec, KVLayout
-from partition.errors import UnsupportedArchitectureError
 from partition.sharding import HeadCounts, ParameterSpec, deal_ranges
 
 
@@ -46,12 +45,18 @@ class Unit:
     stage_end: str | None = None
 
     def num_bytes(self, heads: HeadCounts, rank: int = 0, world: int = 1) -> int:
-        """Bytes of the slice that one tensor-parallel rank holds."""
-        return sum(spec.local_bytes(heads, rank, world) for spec in self.parameters)
+        """Bytes of the slice that one tensor-parallel rank holds, as it lies on a tier: tensors on
+        multiples of 64 bytes, the unit a multiple of 4096."""
+        sizes = (spec.local_bytes(heads, rank, world) for spec in self.parameters)
+        return _round_up(sum(_round_up(size, 64) for size in sizes), 4096)
 
     @property
     def num_parameters(self) -> int:
         return sum(spec.num_elements for spec in self.parameters)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,8 @@ class ModelProfile:
     units, output, head. With tied embeddings the head's unit lists the embedding's parameter again; `stage_units` counts
     it once. ``styles`` maps module paths to tensor-parallel styles ("colwise", "rowwise", ...).
     ``kv_layers`` are per token and unsharded; ``kv_sharded`` says whether tensor parallelism deals the KV
-    heads out or replicates them.
+    heads out or replicates them. ``layer_outputs``: how many values a layer module returns as a tuple, 0 for
+    a bare tensor.
     """
 
     architecture: str
@@ -80,6 +86,7 @@ class ModelProfile:
     tensor_parallel_refusal: str | None = None
     num_experts: int = 0
     num_experts_per_token: int = 0
+    layer_outputs: int = 0
 
     @classmethod
     def from_config(cls, config: Any, dtype: str | None = None) -> ModelProfile:
@@ -97,14 +104,9 @@ class ModelProfile:
         cls, path: str | Path, dtype: str = "auto", trust_remote_code: bool = False
     ) -> ModelProfile:
         """Profile the checkpoint folder ``path`` from its ``config.json``."""
-        from transformers import AutoConfig
+        from partition.profiling import load_config
 
-        if not (Path(path) / "config.json").is_file():
-            raise UnsupportedArchitectureError(
-                f"{path} is not a model folder: it holds no config.json"
-            )
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-        return cls.from_config(config, None if dtype == "auto" else dtype)
+        return cls.from_config(load_config(path, dtype, trust_remote_code))
 
     @cached_property
     def _parameters(self) -> dict[str, ParameterSpec]:

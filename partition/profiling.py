@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from kvcache.layout import DTYPE_BYTES, KVLayerSpec
 from partition.errors import UnsupportedArchitectureError
@@ -18,16 +20,35 @@ from partition.sharding import Deal, HeadCounts, ParameterSpec, ShardRule
 _KEY_VALUE_PROJECTION = re.compile(r"(k|v|kv|keys?|values?)(_[a-z_]*)?")
 
 
+def load_config(path: str | Path, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+    """The transformers config of a checkpoint folder, its dtype set to ``dtype`` unless that is "auto"."""
+    if not (Path(path) / "config.json").is_file():
+        raise UnsupportedArchitectureError(f"{path} is not a model folder: it holds no config.json")
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise UnsupportedArchitectureError(f"{path}/config.json: {error}") from error
+    if dtype != "auto":
+        config.dtype = _torch_dtype(dtype)
+    return config
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    if name not in DTYPE_BYTES:
+        raise UnsupportedArchitectureError(
+            f"dtype {name} is not one of {', '.join(DTYPE_BYTES)}; pass one of these as dtype"
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 def profile_config(config: Any, dtype: str | None) -> ModelProfile:
     """See `ModelProfile.from_config`."""
     if dtype is not None:
         config = type(config).from_dict(config.to_dict())
-        config.dtype = getattr(torch, dtype, None)
+        config.dtype = _torch_dtype(dtype)
     name = str(config.dtype or torch.float32).removeprefix("torch.")
-    if name not in DTYPE_BYTES:
-        raise UnsupportedArchitectureError(
-            f"dtype {dtype or name} is not one of {', '.join(DTYPE_BYTES)}; pass one of these as dtype"
-        )
+    _torch_dtype(name)
     model, seen = trace(config)
     kind = _attention_kind(seen)
     styles, refusal = tensor_parallel_styles(model, seen.layers_path)
@@ -54,6 +75,7 @@ def profile_config(config: Any, dtype: str | None) -> ModelProfile:
         kv_sharded=splits_attention and kind is AttentionKind.PAGED,
         max_position_embeddings=_max_positions(config),
         tensor_parallel_refusal=refusal or heads_refusal,
+        layer_outputs=seen.layer_outputs,
         num_experts=builder.num_experts,
         num_experts_per_token=int(
             _first(config, "num_experts_per_tok", "moe_topk", "top_k", default=0)

@@ -1,0 +1,117 @@
+"""The engine for asyncio: one async iterator of deltas a request."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from giantserve.config import EngineConfig
+from giantserve.engine import Engine
+from giantserve.errors import EngineDeadError, GiantserveError
+from giantserve.executor.messages import LoadProgress
+from giantserve.outputs import StreamDelta
+from giantserve.sampling_params import SamplingParams
+from giantserve.tokenizer import Tokenizer
+from partition.plan import PartitionPlan
+
+HEALTH_TIMEOUT_S = 60.0
+
+
+class AsyncEngine:
+    """Wraps an `Engine`. Construction blocks until the model is loaded."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        on_progress: Callable[[int, LoadProgress], None] = lambda rank, progress: None,
+    ) -> None:
+        self._engine = Engine(config, on_progress=on_progress)
+        self.config = self._engine.config
+
+    @property
+    def plan(self) -> PartitionPlan:
+        """What the planner decided."""
+        return self._engine.plan
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is served."""
+        return self._engine.model_name
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence, prompt and output together."""
+        return self._engine.max_model_len
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None where the checkpoint has none."""
+        return self._engine.tokenizer
+
+    async def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        tenant: str = "",
+        priority: int = 0,
+        deadline_s: float | None = None,
+    ) -> AsyncIterator[StreamDelta]:
+        """Yield the request's deltas as they come. Closing the iterator, or cancelling the task that
+        awaits it, aborts the request and frees its blocks.
+
+        Raises QueueFullError, InvalidRequestError or EngineDeadError.
+        """
+        loop = asyncio.get_running_loop()
+        deltas: asyncio.Queue[StreamDelta | GiantserveError] = asyncio.Queue()
+
+        def sink(item: StreamDelta | GiantserveError) -> None:
+            loop.call_soon_threadsafe(deltas.put_nowait, item)
+
+        self._engine.submit(
+            request_id,
+            prompt_token_ids,
+            params,
+            sink,
+            tenant=tenant,
+            priority=priority,
+            deadline_s=deadline_s,
+        )
+        ended = False
+        try:
+            while not ended:
+                item = await deltas.get()
+                if isinstance(item, GiantserveError):
+                    ended = True
+                    raise item
+                ended = item.usage is not None
+                yield item
+        finally:
+            if not ended:
+                self._engine.abort(request_id)
+
+    async def check_health(self) -> None:
+        """Generate one token; raises EngineDeadError where none comes back."""
+        if self._engine.failure is not None:
+            raise EngineDeadError(str(self._engine.failure))
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                async for _ in self.generate(
+                    [0], params, request_id=f"health-{secrets.token_hex(8)}", priority=1
+                ):
+                    pass
+        except TimeoutError:
+            raise EngineDeadError(f"no token came back within {HEALTH_TIMEOUT_S:.0f} s") from None
+
+    async def stats(self) -> dict[str, Any]:
+        """See `Engine.stats`."""
+        return await asyncio.to_thread(self._engine.stats)
+
+    async def close(self) -> None:
+        """End the engine and its shards."""
+        await asyncio.to_thread(self._engine.close)

@@ -1,0 +1,366 @@
+"""The engine: one thread that schedules passes, runs them on the shards and hands out tokens."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from giantserve.config import EngineConfig
+from giantserve.end_tokens import read_end_token_ids
+from giantserve.engine_stats import EngineStats
+from giantserve.errors import EngineDeadError, GiantserveError, InvalidRequestError
+from giantserve.executor.base import Executor
+from giantserve.executor.launcher import Launcher
+from giantserve.executor.messages import LoadProgress
+from giantserve.executor.select import make_executor
+from giantserve.outputs import StreamDelta, Usage
+from giantserve.planning import plan_for
+from giantserve.request import Request
+from giantserve.sampling_params import SamplingParams
+from giantserve.scheduler import Scheduler, SchedulerConfig
+from giantserve.sequence_output import SequenceOutput
+from giantserve.step import StepResult
+from giantserve.tokenizer import load_tokenizer
+from kvcache.block_pool import BlockPool
+
+logger = logging.getLogger(__name__)
+
+IDLE_TIMEOUT_S = 60.0
+Sink = Callable[[StreamDelta | GiantserveError], None]
+"""Takes a request's deltas in order, called from the engine's thread; an error is the last thing it takes."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Choice:
+    """One sequence of a request."""
+
+    request: Request
+    output: SequenceOutput
+    prompt_logprobs: list[Any] | None
+    index: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _Ticket:
+    """A request as the engine tracks it until its last choice ends."""
+
+    request_id: str
+    sink: Sink
+    choices: dict[int, _Choice] = field(default_factory=dict)
+    completion_tokens: int = 0
+
+
+class Engine:
+    """Runs one replica. Construction blocks until the model is loaded; `close` ends it.
+
+    `submit` and `abort` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        on_progress: Callable[[int, LoadProgress], None] = lambda rank, progress: None,
+        launcher: Launcher | None = None,
+    ) -> None:
+        self.config, self.profile, self.plan = plan_for(config)
+        logger.info("plan: %s", self.plan.reason)
+        self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        self.end_token_ids = tuple(sorted(read_end_token_ids(config.model)))
+        self._pool = BlockPool(
+            self.plan.num_device_blocks,
+            self.plan.num_host_blocks,
+            self.plan.block_size,
+            config.enable_prefix_caching,
+        )
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=self.plan.max_num_seqs,
+                max_num_batched_tokens=self.plan.max_num_batched_tokens,
+                max_model_len=self.plan.max_model_len,
+                max_passes_in_flight=self.plan.pipeline_parallel,
+                block_size=self.plan.block_size,
+                max_queued_requests=config.max_queued_requests,
+            ),
+            self._pool,
+            time.monotonic,
+        )
+        self._executor: Executor = make_executor(self.config, self.plan, on_progress, launcher)
+        self._ids = itertools.count(1)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tickets: dict[str, _Ticket] = {}
+        self._by_sequence: dict[int, _Ticket] = {}
+        self._in_flight = 0
+        self._failure: GiantserveError | None = None
+        self._stopping = False
+        self.counters = EngineStats()
+        self._asking: list[queue.SimpleQueue[dict[str, Any]]] = []
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the model is served."""
+        return self.config.served_model_name or self.config.model
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence, prompt and output together."""
+        return self.plan.max_model_len
+
+    # Called from any thread
+
+    def submit(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        sink: Sink,
+        *,
+        tenant: str = "",
+        priority: int = 0,
+        deadline_s: float | None = None,
+    ) -> None:
+        """Queue a request; its deltas, or one error, go to ``sink``.
+
+        Raises EngineDeadError, and InvalidRequestError for token ids outside the vocabulary.
+        """
+        if self._failure is not None:
+            raise EngineDeadError(str(self._failure))
+        params.check_vocab(self.profile.vocab_size)
+        if not prompt_token_ids:
+            raise InvalidRequestError("the prompt is empty; give at least one token")
+        outside = [t for t in prompt_token_ids if not 0 <= t < self.profile.vocab_size]
+        if outside:
+            raise InvalidRequestError(
+                f"token id {outside[0]} is outside the vocabulary of {self.profile.vocab_size}"
+            )
+        arrival = time.monotonic()
+        self._enqueue(
+            lambda: self._admit(
+                request_id, tuple(prompt_token_ids), params, sink, tenant, priority, arrival, deadline_s
+            )
+        )
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks; nothing more goes to its sink."""
+        self._enqueue(lambda: self._abort(request_id))
+
+    def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
+        """Plain data on queues, KV blocks, tokens, and bytes by tier and direction on every shard."""
+        answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._enqueue(lambda: self._collect(answer))
+        try:
+            return answer.get(timeout=timeout_s)
+        except queue.Empty:
+            raise EngineDeadError(f"the engine did not answer within {timeout_s:.0f} s") from None
+
+    @property
+    def failure(self) -> GiantserveError | None:
+        """What ended the engine, or None while it is well."""
+        return self._failure
+
+    def close(self) -> None:
+        """End the engine and its shards; open requests get EngineDeadError. Idempotent."""
+        self._stopping = True
+        self._executor.wake()
+        self._thread.join()
+        self._executor.close()
+
+    def _enqueue(self, action: Callable[[], None]) -> None:
+        self._inbox.put(action)
+        self._executor.wake()
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._drain_inbox()
+                self._fill_pipeline()
+                for result in self._executor.results(None if self._in_flight else IDLE_TIMEOUT_S):
+                    self._in_flight -= 1
+                    self._take(result)
+                self._fail_expired()
+                self._answer_stats()
+            self._end(EngineDeadError("the engine was closed"))
+        except GiantserveError as error:
+            self._end(error)
+        except Exception as error:
+            logger.exception("the engine failed")
+            self._end(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
+
+    def _drain_inbox(self) -> None:
+        while True:
+            try:
+                action = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            action()
+
+    def _fill_pipeline(self) -> None:
+        while self._in_flight < self.plan.pipeline_parallel:
+            plan = self._scheduler.schedule()
+            if plan is None:
+                return
+            self._executor.submit(plan)
+            self.counters.passes += 1
+            self._in_flight += 1
+
+    def _admit(
+        self,
+        request_id: str,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        sink: Sink,
+        tenant: str,
+        priority: int,
+        arrival_s: float,
+        deadline_s: float | None,
+    ) -> None:
+        ticket = _Ticket(request_id=request_id, sink=sink)
+        try:
+            if request_id in self._tickets:
+                raise InvalidRequestError(f"a request with id {request_id} is running already")
+            for index in range(params.n):
+                seq_id = next(self._ids)
+                seed = params.seed if params.seed is not None else self._fresh_seed(seq_id)
+                request = Request(
+                    seq_id=seq_id,
+                    request_id=request_id,
+                    prompt_token_ids=prompt,
+                    sampling=params,
+                    seed=seed + index,
+                    tenant=tenant,
+                    priority=priority,
+                    arrival_s=arrival_s,
+                    deadline=None if deadline_s is None else arrival_s + deadline_s,
+                    end_token_ids=self._end_ids(params),
+                )
+                output = SequenceOutput(
+                    index=index,
+                    params=params,
+                    tokenizer=self.tokenizer,
+                    prompt_len=len(prompt),
+                    max_model_len=self.max_model_len,
+                    end_token_ids=self.end_token_ids,
+                )
+                self._scheduler.add(request)
+                ticket.choices[seq_id] = _Choice(
+                    request=request,
+                    output=output,
+                    index=index,
+                    prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
+                )
+        except GiantserveError as error:
+            for seq_id in ticket.choices:
+                self._scheduler.abort(seq_id)
+            sink(error)
+            return
+        self._tickets[request_id] = ticket
+        self._by_sequence.update(dict.fromkeys(ticket.choices, ticket))
+        self.counters.requests += 1
+
+    def _fresh_seed(self, seq_id: int) -> int:
+        return self.config.seed * 1_000_003 + seq_id * 7919 + time.time_ns() % 1_000_000_007
+
+    def _end_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        """The tokens that would end the sequence, and are barred until ``min_tokens``."""
+        model = () if params.ignore_eos else self.end_token_ids
+        return tuple({*model, *params.stop_token_ids})
+
+    def _abort(self, request_id: str) -> None:
+        ticket = self._tickets.pop(request_id, None)
+        if ticket is None:
+            return
+        for seq_id in ticket.choices:
+            self._by_sequence.pop(seq_id, None)
+            self._scheduler.abort(seq_id)
+        self.counters.aborted += 1
+
+    def _take(self, result: StepResult) -> None:
+        self._scheduler.on_result(
+            result.step_id, {token.seq_id: token.token_id for token in result.tokens}
+        )
+        for seq_id, entries in result.prompt_logprobs.items():
+            ticket = self._by_sequence.get(seq_id)
+            if ticket is not None:
+                known = ticket.choices[seq_id].prompt_logprobs
+                assert known is not None
+                known.extend(entries)
+        for token in result.tokens:
+            ticket = self._by_sequence.get(token.seq_id)
+            if ticket is None:
+                continue  # aborted while the pass ran
+            choice = ticket.choices[token.seq_id]
+            first = choice.output.num_tokens == 0
+            increment = choice.output.append(token.token_id, token.logprobs)
+            ticket.completion_tokens += 1
+            self.counters.tokens += 1
+            usage = None
+            if increment.finish_reason is not None:
+                self._scheduler.finish(token.seq_id)
+                usage = self._retire(ticket, choice)
+            ticket.sink(
+                StreamDelta(
+                    request_id=ticket.request_id,
+                    index=choice.index,
+                    text=increment.text,
+                    token_ids=increment.token_ids,
+                    logprobs=increment.logprobs,
+                    prompt_logprobs=tuple(choice.prompt_logprobs)
+                    if first and choice.prompt_logprobs is not None
+                    else None,
+                    finish_reason=increment.finish_reason,
+                    stop_reason=increment.stop_reason,
+                    usage=usage,
+                )
+            )
+
+    def _retire(self, ticket: _Ticket, choice: _Choice) -> Usage | None:
+        """Forget a finished choice; the usage of the whole request with the last one."""
+        seq_id = choice.request.seq_id
+        del self._by_sequence[seq_id], ticket.choices[seq_id]
+        if ticket.choices:
+            return None
+        del self._tickets[ticket.request_id]
+        return Usage(
+            prompt_tokens=len(choice.request.prompt_token_ids),
+            completion_tokens=ticket.completion_tokens,
+            cached_tokens=choice.request.num_cached_tokens,
+        )
+
+    def _fail_expired(self) -> None:
+        for request in self._scheduler.expired():
+            ticket = self._tickets.get(request.request_id)
+            if ticket is not None:
+                self._abort(ticket.request_id)
+                ticket.sink(EngineDeadError("the request's deadline passed while it waited"))
+
+    def _collect(self, answer: queue.SimpleQueue[dict[str, Any]]) -> None:
+        self._asking.append(answer)
+        self._executor.request_stats()
+
+    def _answer_stats(self) -> None:
+        shards = self._executor.stats
+        if not self._asking or shards is None:
+            return
+        values = self.counters.snapshot(self._scheduler, self._pool, shards)
+        for answer in self._asking:
+            answer.put(values)
+        self._asking.clear()
+
+    def _end(self, error: GiantserveError) -> None:
+        """Nothing more will run: tell everyone who waits."""
+        self._failure = error
+        self._drain_inbox()
+        for ticket in self._tickets.values():
+            ticket.sink(EngineDeadError(str(error)))
+        self._tickets.clear()
+        self._by_sequence.clear()

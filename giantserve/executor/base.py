@@ -1,0 +1,184 @@
+"""The executor: runs the engine's passes on all shards of a replica, in order."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import secrets
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Listener, wait
+from typing import Any
+
+from giantserve.errors import EngineDeadError
+from giantserve.executor.messages import (
+    Failure,
+    Hello,
+    LoadProgress,
+    Ready,
+    Rendezvous,
+    Setup,
+    Stats,
+    StatsRequest,
+    Stop,
+)
+from giantserve.executor.worker_socket import set_no_delay
+from giantserve.shard_spec import ShardSpec
+from giantserve.step import StepPlan, StepResult
+
+CONNECT_TIMEOUT_S = 120.0
+ProgressCallback = Callable[[int, LoadProgress], None]
+
+
+class Executor(ABC):
+    """Owns the workers of one replica and the connections to them.
+
+    Subclasses say how workers are started, watched and ended; everything else is the same everywhere.
+    `submit` and `results` are for one thread; `wake` may be called from any.
+    """
+
+    def __init__(self, specs: list[ShardSpec], host: str, on_progress: ProgressCallback) -> None:
+        self._connections: dict[int, Connection[Any, Any]] = {}
+        self._stats: dict[int, dict[str, Any]] = {}
+        self._wake_read, self._wake_write = os.pipe()
+        self._closed = False
+        self._authkey = secrets.token_bytes(32)
+        with Listener((host, 0), backlog=len(specs), authkey=self._authkey) as listener:
+            address: tuple[str, int] = listener.address  # type: ignore[assignment]
+            try:
+                self._start_workers(address, self._authkey, len(specs))
+                self._accept(listener, len(specs))
+                self._set_up(specs, on_progress)
+            except BaseException:
+                self.close()
+                raise
+
+    @abstractmethod
+    def _start_workers(self, address: tuple[str, int], authkey: bytes, count: int) -> None:
+        """Start ranks 0 to count - 1; each connects to ``address``."""
+
+    @abstractmethod
+    def _worker_host(self, rank: int) -> str:
+        """The address at which other workers reach this one."""
+
+    @abstractmethod
+    def _why_gone(self, rank: int) -> str:
+        """What is known of how a worker ended."""
+
+    @abstractmethod
+    def _end_workers(self) -> None:
+        """End the workers that are left, by force if need be. Idempotent."""
+
+    def _accept(self, listener: Listener, count: int) -> None:
+        accepting: socket.socket = listener._listener._socket  # type: ignore[attr-defined]
+        accepting.settimeout(CONNECT_TIMEOUT_S)
+        while len(self._connections) < count:
+            try:
+                connection = listener.accept()
+            except TimeoutError:
+                missing = sorted(set(range(count)) - set(self._connections))
+                raise EngineDeadError(
+                    f"workers {missing} did not start within {CONNECT_TIMEOUT_S:.0f} s"
+                ) from None
+            set_no_delay(connection)
+            hello: Hello = connection.recv()
+            self._connections[hello.rank] = connection
+
+    def _set_up(self, specs: list[ShardSpec], on_progress: ProgressCallback) -> None:
+        hosts = [self._worker_host(spec.rank) for spec in specs]
+        rendezvous = None
+        self._connections[0].send(Setup(spec=specs[0], host=hosts[0]))
+        if len(specs) > 1:
+            rendezvous = self._receive(0)
+            assert isinstance(rendezvous, Rendezvous)
+        for spec in specs[1:]:
+            self._connections[spec.rank].send(
+                Setup(spec=spec, host=hosts[spec.rank], rendezvous=rendezvous)
+            )
+        loading = set(self._connections)
+        while loading:
+            for rank in self._readable(loading, None):
+                message = self._receive(rank)
+                if isinstance(message, Ready):
+                    loading.discard(rank)
+                elif isinstance(message, LoadProgress):
+                    on_progress(rank, message)
+
+    def _readable(self, ranks: set[int], timeout_s: float | None) -> list[int]:
+        by_connection = {self._connections[rank]: rank for rank in ranks}
+        ready = wait([*by_connection, self._wake_read], timeout_s)
+        if self._wake_read in ready:
+            os.read(self._wake_read, 4096)
+        return [by_connection[c] for c in ready if c in by_connection]  # type: ignore[index]
+
+    def _receive(self, rank: int) -> Any:
+        """The next message of a worker; raises the worker's own error, or EngineDeadError."""
+        try:
+            message = self._connections[rank].recv()
+        except (EOFError, OSError):
+            raise EngineDeadError(f"shard {rank} died: {self._why_gone(rank)}") from None
+        if isinstance(message, Failure):
+            message.error.add_note(message.trace)
+            raise message.error
+        return message
+
+    def submit(self, plan: StepPlan) -> None:
+        """Hand a pass to all shards at once. Raises EngineDeadError where one is gone."""
+        payload = pickle.dumps(plan, protocol=pickle.HIGHEST_PROTOCOL)
+        for rank, connection in self._connections.items():
+            try:
+                connection.send_bytes(payload)
+            except OSError:
+                self._receive(rank)  # a worker that failed said why before it left
+                raise EngineDeadError(f"shard {rank} died: {self._why_gone(rank)}") from None
+
+    def results(self, timeout_s: float | None) -> list[StepResult]:
+        """Results that have arrived; waits up to ``timeout_s`` for the first, or until woken.
+
+        Raises what a shard failed with, or EngineDeadError where one is gone.
+        """
+        results = []
+        for rank in self._readable(set(self._connections), timeout_s):
+            while True:
+                message = self._receive(rank)
+                if isinstance(message, StepResult):
+                    results.append(message)
+                elif isinstance(message, Stats):
+                    self._stats[rank] = message.values
+                if not self._connections[rank].poll():
+                    break
+        return results
+
+    def wake(self) -> None:
+        """Make a waiting `results` return. From any thread."""
+        if not self._closed:
+            os.write(self._wake_write, b"x")
+
+    def request_stats(self) -> None:
+        """Ask all shards for their counters; they arrive with later results."""
+        self._stats.clear()
+        payload = pickle.dumps(StatsRequest(), protocol=pickle.HIGHEST_PROTOCOL)
+        for connection in self._connections.values():
+            connection.send_bytes(payload)
+
+    @property
+    def stats(self) -> dict[int, dict[str, Any]] | None:
+        """The counters by rank, once all shards have answered."""
+        return self._stats if len(self._stats) == len(self._connections) else None
+
+    def close(self) -> None:
+        """Stop the workers and release everything. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for connection in self._connections.values():
+            try:
+                connection.send(Stop())
+            except OSError:
+                continue  # it is gone already
+        self._end_workers()
+        for connection in self._connections.values():
+            connection.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)

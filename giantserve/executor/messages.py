@@ -1,0 +1,74 @@
+"""What the engine and a worker say to each other over their connection, beside the passes themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from giantserve.shard_spec import ShardSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """A worker's first word."""
+
+    rank: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Rank 0's answer to its spec: where the ranks meet for collectives."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Become this shard. ``rendezvous`` is None for rank 0, which makes it, and for a world of one."""
+
+    spec: ShardSpec
+    host: str
+    rendezvous: Rendezvous | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProgress:
+    """How far a worker is with loading."""
+
+    what: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The worker's shard is loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatsRequest:
+    """Asks a worker for its counters, in order with the passes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """A worker's counters, as plain data."""
+
+    rank: int
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Close the shard and exit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """The worker failed and exits. ``error`` is picklable; ``trace`` is its traceback as text."""
+
+    rank: int
+    error: Exception
+    trace: str

@@ -1,0 +1,114 @@
+"""Workers as Ray actors. Ray places, starts and watches them; passes go over the workers' own connections."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from giantserve.executor.base import Executor, ProgressCallback
+from giantserve.shard_spec import ShardSpec
+
+PLACEMENT_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 10.0
+
+
+class ShardActor:
+    """Hosts one worker. `run` lasts as long as the worker does."""
+
+    def node_ip(self) -> str:
+        return str(ray.util.get_node_ip_address())
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def run(self, address: tuple[str, int], authkey: bytes, rank: int) -> None:
+        from giantserve.executor.worker import run_worker
+
+        run_worker(address, authkey, rank)
+
+
+class RayExecutor(Executor):
+    """One actor a shard. Inside a Serve replica the actors go to bundles 1, 2, ... of the replica's own
+    placement group; elsewhere a group is made, and removed at the end."""
+
+    def __init__(self, specs: list[ShardSpec], on_progress: ProgressCallback) -> None:
+        if not ray.is_initialized():
+            ray.init(address="auto" if os.environ.get("RAY_ADDRESS") else "local")
+        self._gpus = 1 if specs[0].device.startswith("cuda") else 0
+        if self._gpus:  # each actor sees the one GPU that Ray gave it
+            specs = [_on_only_device(spec) for spec in specs]
+        self._cpus = specs[0].num_threads
+        self._own_group: PlacementGroup | None = None
+        self._actors: list[Any] = []
+        self._runs: list[ray.ObjectRef[None]] = []
+        self._hosts: list[str] = []
+        super().__init__(specs, str(ray.util.get_node_ip_address()), on_progress)
+
+    def _start_workers(self, address: tuple[str, int], authkey: bytes, count: int) -> None:
+        group, first_bundle = self._placement(count)
+        for rank in range(count):
+            strategy = PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=first_bundle + rank
+            )
+            bundle = group.bundle_specs[first_bundle + rank]
+            actor_class = ray.remote(
+                num_cpus=bundle.get("CPU", 0),
+                num_gpus=bundle.get("GPU", 0),
+                max_restarts=0,
+                max_concurrency=2,
+                scheduling_strategy=strategy,
+            )(ShardActor)
+            self._actors.append(actor_class.remote())
+        self._hosts = ray.get(
+            [actor.node_ip.remote() for actor in self._actors], timeout=PLACEMENT_TIMEOUT_S
+        )
+        self._runs = [
+            actor.run.remote(address, authkey, rank) for rank, actor in enumerate(self._actors)
+        ]
+
+    def _placement(self, count: int) -> tuple[PlacementGroup, int]:
+        current = ray.util.get_current_placement_group()
+        if current is not None and current.bundle_count > count:
+            return current, 1
+        bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if self._gpus else {"CPU": 0.001}
+        self._own_group = placement_group([bundle] * count, strategy="PACK")
+        ray.get(self._own_group.ready(), timeout=PLACEMENT_TIMEOUT_S)
+        return self._own_group, 0
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids by rank."""
+        return list(ray.get([actor.pid.remote() for actor in self._actors]))
+
+    def _worker_host(self, rank: int) -> str:
+        return self._hosts[rank]
+
+    def _why_gone(self, rank: int) -> str:
+        try:
+            ray.get(self._runs[rank], timeout=2.0)
+        except ray.exceptions.RayActorError as error:
+            return str(error).splitlines()[0]
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError) as error:
+            return type(error).__name__
+        return "its connection closed"
+
+    def _end_workers(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.wait(self._runs, num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
+        for actor in self._actors:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(actor)
+        if self._own_group is not None:
+            remove_placement_group(self._own_group)
+            self._own_group = None
+
+
+def _on_only_device(spec: ShardSpec) -> ShardSpec:
+    from dataclasses import replace
+
+    return replace(spec, device="cuda:0")

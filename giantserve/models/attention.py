@@ -1,0 +1,237 @@
+"""Attention of a flat batch of tokens over paged KV blocks.
+
+Shapes: T tokens of the pass, B sequences, Q queries of one sequence, L context length, H query heads, K KV
+heads, G = H / K, D head dim, N blocks of a table, S block size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from giantserve.models.batch import DecodeGroup, PassBatch, PromptChunk
+from kvcache.kv_store import KVStore
+from partition.meta_model import LocalMask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionOptions:
+    """What a layer's attention does beside softmax(q k^T) v. ``sinks`` [H]: a logit per head with no value."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether scaled_dot_product_attention computes it."""
+        return self.softcap is None and self.sinks is None
+
+
+class PagedAttention:
+    """The attention function of one shard's model: appends the pass's KV to the blocks, then attends.
+
+    One object per shard, bound to its model; ``batch`` is set before every pass.
+    """
+
+    def __init__(self, kv: KVStore) -> None:
+        self._kv = kv
+        self.batch: PassBatch | None = None
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query_1HTD: torch.Tensor,
+        key_1KTD: torch.Tensor,
+        value_1KTD: torch.Tensor,
+        attention_mask: LocalMask | None = None,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **ignored: Any,
+    ) -> tuple[torch.Tensor, None]:
+        batch = self.batch
+        assert batch is not None
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        options = AttentionOptions(
+            scaling=query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling,
+            window=attention_mask.size if attention_mask is not None else None,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        query_THD = query_1HTD[0].transpose(0, 1)
+        out_THD = query_THD.new_empty(*query_THD.shape[:2], value_1KTD.shape[-1])
+        if batch.gathered:
+            self._attend_gathered(query_THD, key_1KTD[0], value_1KTD[0], options, out_THD)
+            return out_THD.unsqueeze(0), None
+        self._kv.write(
+            layer,
+            key_1KTD[0].transpose(0, 1),
+            value_1KTD[0].transpose(0, 1),
+            batch.block_ids,
+            batch.offsets,
+        )
+        keys, values = self._kv.layer(layer)
+        for group in batch.decodes:
+            out_THD[group.rows] = attend_decodes(
+                query_THD[group.rows], keys, values, group, options
+            )
+        for chunk in batch.prompts:
+            rows = slice(chunk.row, chunk.row + chunk.length)
+            first = _first_visible(chunk.start, options.window) // batch.block_size
+            table = chunk.table[first:]
+            skipped = first * batch.block_size
+            length = chunk.start + chunk.length - skipped
+            out_THD[rows] = attend(
+                query_THD[rows].transpose(0, 1),
+                gather(keys, table, length),
+                gather(values, table, length),
+                options,
+                query_start=chunk.start - skipped,
+            ).transpose(0, 1)
+        return out_THD.unsqueeze(0), None
+
+    def _attend_gathered(
+        self,
+        query_THD: torch.Tensor,
+        key_KLD: torch.Tensor,
+        value_KLD: torch.Tensor,
+        options: AttentionOptions,
+        out_THD: torch.Tensor,
+    ) -> None:
+        """Attend where keys and values of all sequences' whole contexts come one after the other."""
+        assert self.batch is not None
+        begin = 0
+        for chunk in self.batch.all_chunks():
+            end = begin + chunk.start + chunk.length
+            rows = slice(chunk.row, chunk.row + chunk.length)
+            out_THD[rows] = attend(
+                query_THD[rows].transpose(0, 1),
+                key_KLD[:, begin:end],
+                value_KLD[:, begin:end],
+                options,
+                query_start=chunk.start,
+            ).transpose(0, 1)
+            begin = end
+
+
+def gather(blocks_NSKD: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+    """The first ``length`` tokens of a block table, as [K, length, D]."""
+    size = blocks_NSKD.shape[1]
+    picked = blocks_NSKD.index_select(0, table[: -(-length // size)])
+    return picked.flatten(0, 1)[:length].transpose(0, 1)
+
+
+def _first_visible(position: int, window: int | None) -> int:
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def attend_decodes(
+    query_BHD: torch.Tensor,
+    keys_NSKD: torch.Tensor,
+    values_NSKD: torch.Tensor,
+    group: DecodeGroup,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """One query a sequence, each over its own context, padded to the group's longest. Returns [B, H, D]."""
+    batch, heads, dim = query_BHD.shape
+    keys, values = (
+        blocks.index_select(0, group.tables.flatten())
+        .view(batch, -1, *blocks.shape[2:])
+        .transpose(1, 2)
+        for blocks in (keys_NSKD, values_NSKD)
+    )
+    positions = torch.arange(keys.shape[2], device=query_BHD.device)
+    visible = positions < group.lengths[:, None]
+    if options.window is not None:
+        visible = visible & (positions >= group.lengths[:, None] - options.window)
+    kv_heads = keys.shape[1]
+    query = query_BHD.view(batch, kv_heads, heads // kv_heads, dim)
+    mask = visible[:, None, None, :]
+    if options.plain:
+        out = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, scale=options.scaling
+        )
+    else:
+        out = _attend_explicitly(query, keys, values, mask, options)
+    return out.reshape(batch, heads, -1)
+
+
+def attend(
+    query_HQD: torch.Tensor,
+    key_KLD: torch.Tensor,
+    value_KLD: torch.Tensor,
+    options: AttentionOptions,
+    *,
+    query_start: int,
+) -> torch.Tensor:
+    """Causal attention of one sequence's queries, the first of which stands at ``query_start`` of the
+    context. Returns [H, Q, D]."""
+    heads, queries, dim = query_HQD.shape
+    kv_heads, length, _ = key_KLD.shape
+    mask = None
+    windowed = options.window is not None and options.window < length
+    if query_start or windowed or not options.plain:
+        row = torch.arange(query_start, query_start + queries, device=query_HQD.device)[:, None]
+        column = torch.arange(length, device=query_HQD.device)
+        mask = column <= row
+        if options.window is not None:
+            mask = mask & (column > row - options.window)
+    if options.plain:
+        return F.scaled_dot_product_attention(
+            query_HQD.unsqueeze(0),
+            _per_query_head(key_KLD, heads).unsqueeze(0),
+            _per_query_head(value_KLD, heads).unsqueeze(0),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=options.scaling,
+        )[0]
+    grouped = query_HQD.view(kv_heads, heads // kv_heads, queries, dim).transpose(0, 1)
+    out = _attend_explicitly(
+        grouped.transpose(0, 1).flatten(1, 2).unsqueeze(0),
+        key_KLD.unsqueeze(0),
+        value_KLD.unsqueeze(0),
+        mask.repeat(heads // kv_heads, 1) if mask is not None else None,
+        options,
+    )
+    return out.view(kv_heads, heads // kv_heads, queries, -1).flatten(0, 1)
+
+
+def _per_query_head(tensor_KLD: torch.Tensor, heads: int) -> torch.Tensor:
+    group = heads // tensor_KLD.shape[0]
+    return tensor_KLD if group == 1 else tensor_KLD.repeat_interleave(group, dim=0)
+
+
+def _attend_explicitly(
+    query_BKGD: torch.Tensor,
+    key_BKLD: torch.Tensor,
+    value_BKLD: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Attention written out, with logit soft-capping (Gemma 2) and sinks (gpt-oss); softmax in fp32.
+
+    The second-last dimension of ``query`` holds the group's heads, or heads times queries.
+    """
+    scores = torch.matmul(query_BKGD, key_BKLD.transpose(-1, -2)) * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if options.sinks is None:
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    else:
+        kv_heads, rows = scores.shape[1], scores.shape[2]
+        per_head = options.sinks.view(kv_heads, -1)
+        sinks = per_head.repeat_interleave(rows // per_head.shape[1], dim=1)
+        column = sinks[None, :, :, None].expand(scores.shape[0], -1, -1, 1).to(scores.dtype)
+        extended = torch.cat([scores, column], dim=-1)
+        extended = extended - extended.max(dim=-1, keepdim=True).values
+        weights = torch.softmax(extended, dim=-1, dtype=torch.float32)[..., :-1]
+    return torch.matmul(weights.to(value_BKLD.dtype), value_BKLD)

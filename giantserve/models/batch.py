@@ -1,0 +1,142 @@
+"""The sequences of one pass as tensors: where each token's KV goes and what each query may see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptChunk:
+    """Consecutive tokens of one sequence: rows [row, row + length) of the pass, positions from ``start``.
+
+    ``table`` [N] int64 are its block ids on the device tier.
+    """
+
+    seq_id: int
+    row: int
+    start: int
+    length: int
+    table: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeGroup:
+    """Sequences with one token each and contexts of similar length.
+
+    ``rows`` [B] of the pass, ``tables`` [B, N] block ids (padded with block 0), ``lengths`` [B] context
+    lengths, the new token included.
+    """
+
+    rows: torch.Tensor
+    tables: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class PassBatch:
+    """One pass. ``block_ids`` and ``offsets`` [T] say where each token's KV goes.
+
+    ``gathered``: keys and values reach the attention as whole contexts (see `GatheringCache`).
+    """
+
+    block_size: int
+    positions: torch.Tensor
+    block_ids: torch.Tensor
+    offsets: torch.Tensor
+    prompts: list[PromptChunk] = field(default_factory=list)
+    decodes: list[DecodeGroup] = field(default_factory=list)
+    chunks: list[PromptChunk] = field(default_factory=list)
+    gathered: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.shape[0]
+
+    def all_chunks(self) -> list[PromptChunk]:
+        """Every sequence of the pass in row order, decodes as chunks of one token."""
+        return self.chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkSpec:
+    """What `build_batch` needs of one sequence."""
+
+    seq_id: int
+    start: int
+    length: int
+    block_ids: Sequence[int]
+
+
+MAX_PADDING = 0.25
+"""Decodes share a group while padding to the longest context adds at most this share of blocks."""
+
+
+def build_batch(
+    specs: Sequence[ChunkSpec], block_size: int, device: torch.device, *, gathered: bool = False
+) -> PassBatch:
+    """Lay the chunks one after the other, in the order given."""
+    positions: list[int] = []
+    block_ids: list[int] = []
+    chunks: list[PromptChunk] = []
+    prompts: list[PromptChunk] = []
+    decodes: list[tuple[int, int, ChunkSpec]] = []
+    for spec in specs:
+        row = len(positions)
+        span = range(spec.start, spec.start + spec.length)
+        positions.extend(span)
+        block_ids.extend(spec.block_ids[position // block_size] for position in span)
+        if gathered or spec.length > 1:
+            used = spec.block_ids[: -(-span.stop // block_size)]
+            chunk = PromptChunk(
+                seq_id=spec.seq_id,
+                row=row,
+                start=spec.start,
+                length=spec.length,
+                table=torch.tensor(used, device=device),
+            )
+            chunks.append(chunk)
+            if spec.length > 1:
+                prompts.append(chunk)
+        if spec.length == 1:
+            decodes.append((-(-span.stop // block_size), row, spec))
+    where = torch.tensor([positions, block_ids], dtype=torch.long, device=device)
+    return PassBatch(
+        block_size=block_size,
+        positions=where[0],
+        block_ids=where[1],
+        offsets=where[0] % block_size,
+        prompts=prompts,
+        decodes=_group_decodes(decodes, device),
+        chunks=chunks,
+        gathered=gathered,
+    )
+
+
+def _group_decodes(
+    decodes: list[tuple[int, int, ChunkSpec]], device: torch.device
+) -> list[DecodeGroup]:
+    groups: list[DecodeGroup] = []
+    ordered = sorted(decodes, key=lambda item: -item[0])
+    while ordered:
+        longest = ordered[0][0]
+        used = size = 0
+        for num_blocks, _, _ in ordered:
+            if longest * (size + 1) > (used + num_blocks) * (1 + MAX_PADDING):
+                break
+            used, size = used + num_blocks, size + 1
+        members, ordered = ordered[:size], ordered[size:]
+        tables = [
+            [*spec.block_ids[:num_blocks], *[0] * (longest - num_blocks)]
+            for num_blocks, _, spec in members
+        ]
+        groups.append(
+            DecodeGroup(
+                rows=torch.tensor([row for _, row, _ in members], device=device),
+                tables=torch.tensor(tables, device=device),
+                lengths=torch.tensor([spec.start + 1 for _, _, spec in members], device=device),
+            )
+        )
+    return groups

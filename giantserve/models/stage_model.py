@@ -1,0 +1,348 @@
+"""One stage of a transformers model: its layers, its share of every parameter, its weights by unit.
+
+The modules are transformers' own. Layers of other stages become pass-throughs, what stands before the
+layers on a later stage becomes inert, and the parameters are views that the weight manager hands out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from giantserve.models.attention import PagedAttention
+from giantserve.models.batch import ChunkSpec, PassBatch, build_batch
+from giantserve.models.caches import GatheringCache, PassThroughCache
+from giantserve.models.collectives import TensorParallel
+from giantserve.models.tensor_parallel import parallelise
+from kvcache.kv_store import KVStore
+from partition.meta_model import ATTENTION_NAME, bind_attention, build_meta_model, find_layers
+from partition.profile import AttentionKind, ModelProfile, Unit, UnitKind
+
+
+class Weights(Protocol):
+    """Where the stage gets its tensors from (kvcache.weights.WeightManager)."""
+
+    def acquire(self, unit: str) -> dict[str, torch.Tensor]: ...
+    def release(self, unit: str) -> None: ...
+    def gather_rows(self, unit: str, tensor: str, ids: torch.Tensor) -> torch.Tensor: ...
+
+
+class _StageDone(Exception):
+    """Raised by the last local layer to leave the model's forward with the hidden states."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+
+
+class StageModel:
+    """Runs one stage for a flat batch of tokens.
+
+    ``forward`` takes token ids [T] on the first stage, hidden states [T, H] on the others; it returns
+    hidden states [T, H], or on the last stage logits [R, vocab] of the rows asked for.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        profile: ModelProfile,
+        first_layer: int,
+        end_layer: int,
+        group: TensorParallel,
+        device: torch.device,
+    ) -> None:
+        self.profile = profile
+        self.units = profile.stage_units(first_layer, end_layer)
+        self.is_first = first_layer == 0
+        self.is_last = end_layer == profile.num_layers
+        self._device = device
+        self._generic = profile.attention is AttentionKind.GENERIC
+        self.model: PreTrainedModel = build_meta_model(
+            config, "eager" if self._generic else ATTENTION_NAME
+        )
+        _, layers = find_layers(self.model, profile.num_layers)
+        self._layers = layers
+        self._group = group
+        self._prune(first_layer, end_layer)
+        materialise_buffers(self.model, device)
+        parallelise(self.model, profile, group)
+        self._accepts_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self._slots = _parameter_slots(self.model, self.units)
+        self._bound: dict[str, int] = {}
+        self._current: str | None = None
+        self._injected: torch.Tensor | None = None
+        self._attention: PagedAttention | None = None
+        self._kv: KVStore | None = None
+        self._weights: Weights | None = None
+
+    # Preparing
+
+    def _prune(self, first_layer: int, end_layer: int) -> None:
+        for index, layer in enumerate(self._layers):
+            if not first_layer <= index < end_layer:
+                _empty(layer)
+                layer.forward = _skipping(self.profile.layer_outputs)  # type: ignore[method-assign]
+        if not self.is_first:
+            first = self._layers[first_layer]
+            first.forward = self._injecting(first.forward)  # type: ignore[method-assign]
+            _silence_inputs(self.model, self.profile)
+        if not self.is_last:
+            last = self._layers[end_layer - 1]
+            last.forward = _leaving(last.forward)  # type: ignore[method-assign]
+
+    def _injecting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return forward(self._injected, *args, **kwargs)
+
+        return run
+
+    def attach(self, weights: Weights, kv: KVStore, resident: set[str]) -> None:
+        """Connect the stage to its bytes. ``resident`` units stay on the device and are bound once."""
+        self._weights, self._kv = weights, kv
+        self._attention = PagedAttention(kv)
+        bind_attention(self.model, self._attention)
+        for unit in self.units:
+            if unit.kind is UnitKind.EMBEDDING:
+                continue
+            if unit.name in resident:
+                self._bind(unit.name, weights.acquire(unit.name))
+            else:
+                for module in self._entries(unit):
+                    module.register_forward_pre_hook(self._entering(unit.name))
+        if self.is_first:
+            self._hook_embedding()
+
+    def _entries(self, unit: Unit) -> list[nn.Module]:
+        """The modules whose call begins the use of ``unit``: a layer's children, or the head."""
+        paths = {spec.name for spec in unit.parameters}
+        if unit.kind is UnitKind.HEAD:
+            return [self.model.get_output_embeddings()]
+        layer = self._layers[unit.layer]  # type: ignore[index]
+        prefix = next(name for name, module in self.model.named_modules() if module is layer)
+        return [
+            child
+            for name, child in layer.named_children()
+            if any(path.startswith(f"{prefix}.{name}.") for path in paths)
+        ]
+
+    def _entering(self, unit: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: self._use(unit)
+
+    def _use(self, unit: str) -> None:
+        if unit == self._current:
+            return
+        assert self._weights is not None
+        self._leave()
+        self._bind(unit, self._weights.acquire(unit))
+        self._current = unit
+
+    def _leave(self) -> None:
+        if self._current is not None:
+            assert self._weights is not None
+            self._weights.release(self._current)
+            self._current = None
+
+    def _bind(self, unit: str, tensors: dict[str, torch.Tensor]) -> None:
+        for module, leaf, name in self._slots[unit]:
+            tensor = tensors[name]
+            if leaf in module._buffers:
+                module._buffers[leaf] = tensor
+            else:
+                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+    def _hook_embedding(self) -> None:
+        """Look the pass's rows up wherever the matrix lies, and let the module see only those."""
+        embedding = self.model.get_input_embeddings()
+        name = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
+        unit, spec = next(
+            (unit, spec)
+            for unit in reversed(self.units)
+            for spec in unit.parameters
+            if spec.name == name
+        )
+        embedding.padding_idx = None
+        bounds = None
+        if self._group.world > 1 and spec.rule is not None:
+            ((start, stop),) = spec.ranges(self.profile.heads, self._group.rank, self._group.world)
+            bounds = (start, stop)
+
+        def rows(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            ids = args[0]
+            module._parameters["weight"] = nn.Parameter(
+                self._embedding_rows(unit.name, name, ids.flatten(), bounds), requires_grad=False
+            )
+            return (torch.arange(ids.numel(), device=ids.device).view_as(ids), *args[1:])
+
+        embedding.register_forward_pre_hook(rows)
+
+    def _embedding_rows(
+        self, unit: str, name: str, ids: torch.Tensor, bounds: tuple[int, int] | None
+    ) -> torch.Tensor:
+        assert self._weights is not None
+        if bounds is None:
+            return self._weights.gather_rows(unit, name, ids)
+        start, stop = bounds
+        outside = (ids < start) | (ids >= stop)
+        local = (ids - start).masked_fill(outside, 0)
+        rows = self._weights.gather_rows(unit, name, local)
+        rows = rows.masked_fill(outside[:, None], 0)
+        return self._group.all_reduce(rows)
+
+    # Running
+
+    @torch.inference_mode()
+    def forward(
+        self, inputs: torch.Tensor, specs: list[ChunkSpec], block_size: int, logit_rows: list[int]
+    ) -> torch.Tensor:
+        """Run the stage for the chunks ``specs``, laid one after the other in ``inputs``."""
+        if self._generic:
+            return self._forward_one_by_one(inputs, specs, block_size, logit_rows)
+        latent = self.profile.attention is AttentionKind.LATENT
+        batch = build_batch(specs, block_size, self._device, gathered=latent)
+        assert self._kv is not None and self._attention is not None
+        self._attention.batch = batch
+        cache = GatheringCache(self._kv, batch) if latent else PassThroughCache()
+        try:
+            return self._run(inputs, batch, cache, logit_rows, attention_mask=None)
+        finally:
+            self._attention.batch = None
+            self._leave()
+
+    def _forward_one_by_one(
+        self, inputs: torch.Tensor, specs: list[ChunkSpec], block_size: int, logit_rows: list[int]
+    ) -> torch.Tensor:
+        """For models with an attention of their own: each sequence by itself, with a dense mask."""
+        assert self._kv is not None
+        outputs = []
+        row = 0
+        for spec in specs:
+            rows = [r - row for r in logit_rows if row <= r < row + spec.length]
+            batch = build_batch([spec], block_size, self._device, gathered=True)
+            mask = torch.ones(1, spec.start + spec.length, dtype=torch.long, device=self._device)
+            outputs.append(
+                self._run(
+                    inputs[row : row + spec.length],
+                    batch,
+                    GatheringCache(self._kv, batch),
+                    rows,
+                    attention_mask=mask,
+                )
+            )
+            self._leave()
+            row += spec.length
+        return torch.cat(outputs)
+
+    def _run(
+        self,
+        inputs: torch.Tensor,
+        batch: PassBatch,
+        cache: PassThroughCache,
+        logit_rows: list[int],
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        arguments: dict[str, Any] = {
+            "position_ids": batch.positions.unsqueeze(0),
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if self.is_first:
+            arguments["input_ids"] = inputs.unsqueeze(0)
+        else:
+            self._injected = inputs.unsqueeze(0)
+            arguments["inputs_embeds"] = self._injected
+        rows = torch.tensor(logit_rows, dtype=torch.long, device=self._device)
+        if self._accepts_rows and self.is_last:
+            arguments["logits_to_keep"] = rows
+        try:
+            logits: torch.Tensor = self.model(**arguments).logits[0]
+        except _StageDone as done:
+            return done.hidden[0]
+        finally:
+            self._injected = None
+        return logits if self._accepts_rows else logits[rows]
+
+
+def _skipping(num_outputs: int) -> Callable[..., Any]:
+    """A forward that returns its input in the form in which the architecture's layers return theirs."""
+
+    def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states, *[None] * (num_outputs - 1)) if num_outputs else hidden_states
+
+    return run
+
+
+def _leaving(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        raise _StageDone(output[0] if isinstance(output, tuple) else output)
+
+    return run
+
+
+def _empty(module: nn.Module) -> None:
+    """Drop everything below a module that another stage runs, but keep its plain attributes."""
+    module._modules.clear()
+    module._parameters.clear()
+    module._buffers.clear()
+
+
+def _silence_inputs(model: nn.Module, profile: ModelProfile) -> None:
+    """On a later stage the result of what stands before the layers is thrown away: make it cheap."""
+    for unit in profile.units:
+        if unit.stage_end != "first":
+            continue
+        for spec in unit.parameters:
+            module = model.get_submodule(spec.name.rpartition(".")[0])
+            is_embedding = isinstance(module, nn.Embedding)
+            module.forward = _zero if is_embedding else _pass_through  # type: ignore[method-assign]
+
+
+def _pass_through(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return hidden
+
+
+def _zero(ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.zeros((), device=ids.device)
+
+
+def _parameter_slots(
+    model: nn.Module, units: tuple[Unit, ...]
+) -> dict[str, list[tuple[nn.Module, str, str]]]:
+    """For each unit the (module, attribute, tensor name) triples its tensors are bound to.
+
+    A tied matrix is bound to the head, too: the embedding reads rows and is bound to none.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    slots: dict[str, list[tuple[nn.Module, str, str]]] = {}
+    for unit in units:
+        slots[unit.name] = []
+        for spec in unit.parameters:
+            path, _, leaf = spec.name.rpartition(".")
+            module = model.get_submodule(path)
+            if unit.kind is UnitKind.HEAD and isinstance(module, nn.Embedding):
+                module, leaf = head, "weight"
+            slots[unit.name].append((module, leaf, spec.name))
+    return slots
+
+
+@torch.no_grad()
+def materialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) their values.
+
+    Uses the initialisers that transformers runs for parameters missing from a checkpoint; parameters stay
+    on the meta device.
+    """
+    for module in model.modules():
+        names = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
+        if not names:
+            continue
+        for name in names:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            module._buffers[name] = torch.empty_like(buffer, device=device)
+        model._init_weights(module)

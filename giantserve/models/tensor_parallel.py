@@ -1,0 +1,129 @@
+"""Split a model's modules over a tensor-parallel group, by the styles of its plan.
+
+The parameters themselves are local slices already (see partition.sharding); what is left is where the
+partial results are summed, gathered or split. Styles are those of transformers' parallel plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from giantserve.models.collectives import TensorParallel
+from partition.profile import ModelProfile
+from partition.sharding import Deal, ShardRule, deal_ranges
+
+
+def parallelise(model: nn.Module, profile: ModelProfile, group: TensorParallel) -> None:
+    """Patch the modules of ``model`` that ``profile.styles`` names."""
+    if group.world == 1:
+        return
+    rules = {spec.name: spec for unit in profile.units for spec in unit.parameters}
+    for path, style in profile.styles.items():
+        patch = _PATCHES.get(style)
+        if patch is None or path in rules:
+            continue
+        module = model.get_submodule(path)
+        spec = rules.get(f"{path}.weight")
+        patch(
+            module,
+            _Portions(profile, group, spec.shape if spec else (), spec.rule if spec else None),
+        )
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is not None and not any(model.get_submodule(path) is head for path in profile.styles):
+        _gather_output(head, _Portions(profile, group, (profile.vocab_size,), ShardRule(dim=0)))
+    if profile.kv_sharded:
+        _localise_head_counts(model, profile, group)
+
+
+class _Portions:
+    """Which part of a module's split dimension each rank of the group holds."""
+
+    def __init__(
+        self,
+        profile: ModelProfile,
+        group: TensorParallel,
+        shape: tuple[int, ...],
+        rule: ShardRule | None,
+    ) -> None:
+        self.group = group
+        self._profile = profile
+        self._shape = shape
+        self._rule = rule or ShardRule(dim=0, deal=Deal.EVEN)
+
+    def of(self, rank: int) -> tuple[int, int]:
+        size = self._shape[self._rule.dim]
+        ranges = deal_ranges(self._rule, size, self._profile.heads, rank, self.group.world)
+        return ranges[0]
+
+    @property
+    def own(self) -> tuple[int, int]:
+        return self.of(self.group.rank)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [stop - start for start, stop in map(self.of, range(self.group.world))]
+
+
+def _sum_output(module: nn.Module, portions: _Portions) -> None:
+    """rowwise: inputs are split already; sum the partial products, then add the bias once."""
+    if not isinstance(module, nn.Linear):
+        _sum_whole_output(module, portions)
+        return
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        out = portions.group.all_reduce(F.linear(hidden, module.weight))
+        return out if module.bias is None else out + module.bias
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+def _sum_split_input(module: nn.Module, portions: _Portions) -> None:
+    """rowwise_split_input: the whole input is here; take our columns of it first."""
+    start, stop = portions.own
+    _sum_output(module, portions)
+    summed = module.forward
+    module.forward = lambda hidden: summed(hidden[..., start:stop])  # type: ignore[method-assign]
+
+
+def _gather_output(module: nn.Module, portions: _Portions) -> None:
+    """colwise_gather_output: every rank gets the whole output."""
+    split = module.forward
+    sizes = portions.sizes
+    module.forward = lambda hidden: portions.group.all_gather(split(hidden), sizes)  # type: ignore[method-assign]
+
+
+def _sum_whole_output(module: nn.Module, portions: _Portions) -> None:
+    """moe_tp_experts: each rank ran its part of every expert; sum."""
+    partial = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return portions.group.all_reduce(partial(*args, **kwargs))
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+_PATCHES: dict[str, Callable[[nn.Module, _Portions], None]] = {
+    "rowwise": _sum_output,
+    "rowwise_split_input": _sum_split_input,
+    "colwise_gather_output": _gather_output,
+    "moe_tp_experts": _sum_whole_output,
+}
+
+
+def _localise_head_counts(model: nn.Module, profile: ModelProfile, group: TensorParallel) -> None:
+    """Attention modules that reshape by a stored head count get their own rank's."""
+    start, stop = profile.heads.query_range(group.rank, group.world)
+    kv_start, kv_stop = profile.heads.key_value_range(group.rank, group.world)
+    for module in model.modules():
+        if not hasattr(module, "layer_idx"):
+            continue
+        for name in ("num_heads", "num_attention_heads"):
+            if getattr(module, name, None) == profile.heads.query:
+                setattr(module, name, stop - start)
+        if getattr(module, "num_key_value_heads", None) == profile.heads.key_value:
+            module.num_key_value_heads = kv_stop - kv_start  # type: ignore[assignment]

@@ -1,0 +1,290 @@
+"""One rank of a replica: its stage, its bytes on the three tiers, and the passes it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from giantserve.checkpoint import Checkpoint, SourceMap
+from giantserve.errors import ConfigError
+from giantserve.models.batch import ChunkSpec
+from giantserve.models.collectives import StageLink, TensorParallel
+from giantserve.models.stage_model import StageModel
+from giantserve.sampler import Sampler
+from giantserve.sampling_row import SamplingRow
+from giantserve.shard_spec import ShardSpec
+from giantserve.step import NewSequence, SampledToken, SequenceChunk, StepPlan, StepResult
+from kvcache.arena import Arena
+from kvcache.kv_store import KVStore
+from kvcache.shard_store import ShardStore
+from kvcache.tier import Tier
+from kvcache.weights import UnitLayout, WeightManager
+from partition.meta_model import build_meta_model
+from partition.plan import PartitionPlan
+from partition.profile import ModelProfile, Unit, UnitKind
+from partition.profiling import load_config
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, bytes done and bytes in all."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What a shard remembers of a sequence between passes."""
+
+    new: NewSequence
+    block_ids: list[int]
+    output_token_ids: list[int]
+
+
+class Shard:
+    """Executes passes in the order given. Not thread-safe: one pass at a time."""
+
+    def __init__(
+        self,
+        spec: ShardSpec,
+        tensor_parallel: TensorParallel,
+        link: StageLink,
+        progress: Progress,
+    ) -> None:
+        plan = spec.plan
+        self._plan = plan
+        self._shard = plan.shards[spec.rank]
+        self._stage = plan.stages[self._shard.stage]
+        self._device = torch.device(spec.device)
+        self._link = link
+        config = load_config(plan.model, plan.dtype, spec.trust_remote_code)
+        profile = ModelProfile.from_config(config)
+        self._dtype = getattr(torch, plan.dtype)
+        self._hidden_size = profile.hidden_size
+        layers = (self._stage.first_layer, self._stage.end_layer)
+        self._model = StageModel(config, profile, *layers, tensor_parallel, self._device)
+        budget = self._shard.budget
+        self.device_arena = Arena(Tier.DEVICE, budget.device_bytes, self._device)
+        self.host_arena = Arena(Tier.HOST, budget.host_bytes, torch.device("cpu"))
+        self._kv = KVStore(
+            profile.kv_layout(
+                *layers, plan.block_size, tensor_parallel.rank, tensor_parallel.world
+            ),
+            device_arena=self.device_arena,
+            host_arena=self.host_arena,
+            num_device_blocks=plan.num_device_blocks,
+            num_host_blocks=plan.num_host_blocks,
+        )
+        self._weights = self._load_weights(spec, config, profile, tensor_parallel, progress)
+        resident = {p.unit for p in self._shard.placements if p.tier is Tier.DEVICE}
+        self._model.attach(self._weights, self._kv, resident)
+        self._sampler = Sampler()
+        self._sequences: dict[int, _Sequence] = {}
+        self._busy_s = 0.0
+        self._passes = 0
+
+    def _load_weights(
+        self,
+        spec: ShardSpec,
+        config: Any,
+        profile: ModelProfile,
+        group: TensorParallel,
+        progress: Progress,
+    ) -> WeightManager:
+        checkpoint = Checkpoint(Path(spec.plan.model))
+        meta = build_meta_model(config)
+        source = SourceMap(meta, checkpoint)
+        tensors = {**dict(meta.named_parameters()), **dict(meta.named_buffers())}
+        by_name = {p.name: p for unit in self._model.units for p in unit.parameters}
+
+        def layout(unit: Unit) -> UnitLayout:
+            return UnitLayout.pack(
+                unit.name,
+                [
+                    (
+                        p.name,
+                        p.local_shape(profile.heads, group.rank, group.world),
+                        tensors[p.name].dtype,
+                    )
+                    for p in unit.parameters
+                ],
+            )
+
+        def fill(unit: UnitLayout, buffer: torch.Tensor) -> None:
+            for slot in unit.tensors:
+                out = slot.view(buffer)
+                rule = by_name[slot.name].rule
+                if rule is None or group.world == 1:
+                    source.fill(slot.name, None, (), out)
+                else:
+                    ranges = by_name[slot.name].ranges(profile.heads, group.rank, group.world)
+                    source.fill(slot.name, rule.dim, ranges, out)
+
+        layouts = [layout(unit) for unit in self._model.units]
+        placements = {p.unit: p.tier for p in self._shard.placements}
+        store = None
+        if Tier.NVME in placements.values():
+            if spec.nvme_dir is None:
+                raise ConfigError("the plan keeps weights on NVMe, but no nvme_dir was given")
+            key = "-".join(
+                (
+                    checkpoint.fingerprint[:16],
+                    spec.plan.dtype,
+                    f"tp{group.rank}of{group.world}",
+                    f"layers{self._stage.first_layer}to{self._stage.end_layer}",
+                )
+            )
+            store = ShardStore(spec.nvme_dir / "weights", key)
+        total = sum(p.num_bytes for p in self._shard.placements)
+        done = 0
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            progress("loading weights", done, total)
+
+        weights = WeightManager(
+            units=layouts,
+            placements=placements,
+            rows_only={u.name for u in self._model.units if u.kind is UnitKind.EMBEDDING},
+            device=self._device,
+            device_arena=self.device_arena,
+            host_arena=self.host_arena,
+            ring_bytes=self._shard.ring_bytes,
+            store=store,
+        )
+        weights.load(fill, advance)
+        return weights
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult | None:
+        """Execute one pass; the last stage's first rank returns the tokens."""
+        started = time.perf_counter()
+        for seq_id in plan.finished:
+            self._sequences.pop(seq_id, None)
+        for new in plan.new:
+            self._sequences[new.seq_id] = _Sequence(
+                new, list(new.block_ids), list(new.output_token_ids)
+            )
+        for copy in plan.copies:
+            self._kv.copy(copy.source, copy.source_id, copy.target, copy.target_id)
+        result = None
+        if plan.chunks:
+            result = self._compute(plan)
+        elapsed = time.perf_counter() - started
+        self._busy_s += elapsed
+        self._passes += 1
+        if not (self._model.is_last and self._shard.tp_rank == 0):
+            return None
+        tokens, prompts = result or ((), {})
+        return StepResult(
+            step_id=plan.step_id, tokens=tokens, prompt_logprobs=prompts, elapsed_s=elapsed
+        )
+
+    def _compute(self, plan: StepPlan) -> tuple[tuple[SampledToken, ...], dict[int, Any]] | None:
+        specs = []
+        for chunk in plan.chunks:
+            sequence = self._sequences[chunk.seq_id]
+            sequence.block_ids.extend(chunk.new_block_ids)
+            specs.append(
+                ChunkSpec(
+                    seq_id=chunk.seq_id,
+                    start=chunk.start,
+                    length=len(chunk.token_ids),
+                    block_ids=sequence.block_ids,
+                )
+            )
+        rows, spans = self._logit_rows(plan.chunks)
+        if self._model.is_first:
+            ids = [token for chunk in plan.chunks for token in chunk.token_ids]
+            inputs = torch.tensor(ids, dtype=torch.long, device=self._device)
+        else:
+            hidden = torch.empty(
+                plan.num_tokens, self._hidden_size, dtype=self._dtype, device=self._device
+            )
+            inputs = self._link.receive(hidden)
+        output = self._model.forward(inputs, specs, self._plan.block_size, rows)
+        if not self._model.is_last:
+            self._link.send(output)
+            return None
+        if self._shard.tp_rank != 0:
+            return None
+        return self._sample(plan.chunks, output.float(), spans)
+
+    def _logit_rows(
+        self, chunks: tuple[SequenceChunk, ...]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The rows of the pass whose logits are needed, and each chunk's [start, stop) among them."""
+        rows: list[int] = []
+        spans = []
+        row = 0
+        for chunk in chunks:
+            first = len(rows)
+            wants_prompt = self._sequences[chunk.seq_id].new.sampling.prompt_logprobs is not None
+            if wants_prompt:
+                rows.extend(range(row, row + len(chunk.token_ids)))
+            elif chunk.sample:
+                rows.append(row + len(chunk.token_ids) - 1)
+            spans.append((first, len(rows)))
+            row += len(chunk.token_ids)
+        return rows, spans
+
+    def _sample(
+        self,
+        chunks: tuple[SequenceChunk, ...],
+        logits: torch.Tensor,
+        spans: list[tuple[int, int]],
+    ) -> tuple[tuple[SampledToken, ...], dict[int, Any]]:
+        picked: list[int] = []
+        sampling: list[SamplingRow] = []
+        prompts: dict[int, Any] = {}
+        for chunk, (first, stop) in zip(chunks, spans, strict=True):
+            sequence = self._sequences[chunk.seq_id]
+            new = sequence.new
+            if (count := new.sampling.prompt_logprobs) is not None:
+                following = new.prompt_token_ids[chunk.start + 1 : chunk.start + stop - first + 1]
+                if following:
+                    prompts[chunk.seq_id] = tuple(
+                        self._sampler.prompt_logprobs(
+                            logits[first : first + len(following)], following, count
+                        )
+                    )
+            if chunk.sample:
+                picked.append(stop - 1)
+                sampling.append(
+                    SamplingRow(
+                        params=new.sampling,
+                        seq_id=chunk.seq_id,
+                        seed=new.seed,
+                        position=len(new.prompt_token_ids) + len(sequence.output_token_ids),
+                        prompt_token_ids=new.prompt_token_ids,
+                        output_token_ids=sequence.output_token_ids,
+                        banned_token_ids=chunk.banned_token_ids,
+                    )
+                )
+        if not sampling:
+            return (), prompts
+        chosen = logits if len(picked) == logits.shape[0] else logits[picked]
+        tokens = self._sampler.sample(chosen, sampling)
+        for token in tokens:
+            self._sequences[token.seq_id].output_token_ids.append(token.token_id)
+        return tuple(tokens), prompts
+
+    def stats(self) -> dict[str, Any]:
+        """Plain data: bytes used by tier, bytes moved, seconds busy."""
+        return {
+            "passes": self._passes,
+            "busy_s": self._busy_s,
+            "device_used_bytes": self.device_arena.used_bytes,
+            "host_used_bytes": self.host_arena.used_bytes,
+            "kv_bytes_copied": {
+                f"{source.value}_to_{target.value}": count
+                for (source, target), count in self._kv.bytes_copied.items()
+            },
+            "weights": self._weights.stats(),
+        }
+
+    def close(self) -> None:
+        """Stop the prefetch and close the files. Idempotent."""
+        self._weights.close()

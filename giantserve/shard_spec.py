@@ -1,0 +1,20 @@
+"""What a worker needs to become one rank of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from partition.plan import PartitionPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """Rank ``rank`` of ``plan``. ``nvme_dir`` holds the shard store; ``device`` is a torch device."""
+
+    plan: PartitionPlan
+    rank: int
+    nvme_dir: Path | None
+    device: str
+    num_threads: int
+    trust_remote_code: bool = False
