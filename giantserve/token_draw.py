@@ -99,7 +99,7 @@ def _candidate_cutoffs(
     cumulative_RK = top_RK.cumsum(dim=-1)
     mass_R = torch.ones_like(last_prob_R)
     if any(ks):
-        num_tied_R = (probs_RV >= last_prob_R[:, None]).sum(dim=-1) - last_R - 1
+        num_tied_R = (probs_RV >= last_prob_R[:, None]).sum(dim=-1, dtype=torch.int32) - last_R - 1
         kept_R = cumulative_RK.gather(1, last_R[:, None])[:, 0] + num_tied_R * last_prob_R
         mass_R = torch.where(is_limited_R, kept_R, mass_R)
     needed_R = torch.where(top_p_R < 1.0, top_p_R * mass_R, torch.inf)

@@ -33,7 +33,7 @@ def _chunk_logprobs(
     ids_T1 = torch.tensor(token_ids, dtype=torch.int64, device=logits_TV.device)[:, None]
     normaliser_T1 = logits_TV.logsumexp(dim=-1, keepdim=True)
     chosen_T1 = logits_TV.gather(1, ids_T1)
-    ranks = ((logits_TV > chosen_T1).sum(dim=-1) + 1).tolist()
+    ranks = ((logits_TV > chosen_T1).sum(dim=-1, dtype=torch.int32) + 1).tolist()
     chosen = (chosen_T1 - normaliser_T1)[:, 0].tolist()
     best_TK = logits_TV.topk(min(max(num_top), logits_TV.shape[1]), dim=-1)
     best_logprobs = (best_TK.values - normaliser_T1).tolist()
