@@ -1,0 +1,39 @@
+# Everything runs in .venv, which `make` builds from constraints.txt on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install test quick lint types demo clean
+
+help:
+	@echo "make demo    serve a model larger than its device on this machine, and talk to it"
+	@echo "make test    lint, types and all tests"
+	@echo "make quick   lint, types and the fast tests"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/pytest
+
+quick: lint types
+	$(BIN)/pytest -m "not slow"
+
+demo: $(STAMP)
+	$(BIN)/giantserve demo
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
