@@ -1,0 +1,31 @@
+"""The planner: which shard holds which weights on which tier, and what a pass will cost. Imports no torch."""
+
+from partition.bandwidths import Bandwidths, GemmRate
+from partition.cluster import ClusterSpec, DeviceSpec, NodeSpec
+from partition.errors import BudgetError, PlanError, UnsupportedArchitectureError
+from partition.plan import Forecast, PartitionPlan, ShardPlan, StagePlan, UnitPlacement
+from partition.profile import ModelProfile
+from partition.search import plan, runners_up
+from partition.workload import Constraints, Objective, Workload
+
+__all__ = [
+    "Bandwidths",
+    "BudgetError",
+    "ClusterSpec",
+    "Constraints",
+    "DeviceSpec",
+    "Forecast",
+    "GemmRate",
+    "ModelProfile",
+    "NodeSpec",
+    "Objective",
+    "PartitionPlan",
+    "PlanError",
+    "ShardPlan",
+    "StagePlan",
+    "UnitPlacement",
+    "UnsupportedArchitectureError",
+    "Workload",
+    "plan",
+    "runners_up",
+]

@@ -9,5 +9,18 @@ class PlanError(ValueError):
     status_code = 400
 
 
+class BudgetError(PlanError):
+    """The model does not fit. ``smallest`` maps "device_bytes", "host_bytes" and "nvme_bytes" to the least
+    budget per shard with which, the others unchanged, a plan exists; what cannot mend it is left out."""
+
+    def __init__(self, message: str, smallest: dict[str, int]) -> None:
+        super().__init__(message, smallest)
+        self.message = message
+        self.smallest = smallest
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class UnsupportedArchitectureError(PlanError):
     """The model cannot run, or cannot be split the way that was asked; the message says why."""

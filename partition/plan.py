@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 from kvcache.tier import Tier, TierBudget
+from partition.codec import decode, encode
+from partition.errors import PlanError
 
 PLAN_VERSION = 1
 
@@ -40,6 +43,15 @@ class ShardPlan:
     def weight_bytes(self, tier: Tier) -> int:
         """Bytes of weights this shard keeps on ``tier``."""
         return sum(p.num_bytes for p in self.placements if p.tier is tier)
+
+    def used_bytes(self, tier: Tier) -> int:
+        """Bytes of the tier's budget that are spoken for: weights, KV, ring and workspace."""
+        other = {
+            Tier.DEVICE: self.ring_bytes + self.device_kv_bytes + self.workspace_bytes,
+            Tier.HOST: self.host_kv_bytes,
+            Tier.NVME: 0,
+        }
+        return self.weight_bytes(tier) + other[tier]
 
     def tier_of(self, unit: str) -> Tier:
         return next(p.tier for p in self.placements if p.unit == unit)
@@ -95,3 +107,97 @@ class PartitionPlan:
     def shards(self) -> tuple[ShardPlan, ...]:
         """All shards, by rank: stage-major, tensor-parallel rank within the stage."""
         return tuple(shard for stage in self.stages for shard in stage.shards)
+
+    def validate(self) -> None:
+        """Raise PlanError naming the first thing that does not hold: counts, ranks, stages, budgets."""
+        if self.version != PLAN_VERSION:
+            raise PlanError(
+                f"the plan has version {self.version}, this program reads {PLAN_VERSION}; plan again"
+            )
+        self._validate_counts()
+        _require(len(self.stages) == self.pipeline_parallel, "pipeline_parallel", len(self.stages))
+        end = 0
+        for index, stage in enumerate(self.stages):
+            _require(stage.index == index, f"stages[{index}].index", index)
+            _require(stage.first_layer == end, f"stages[{index}].first_layer", end)
+            if stage.end_layer <= stage.first_layer:
+                raise PlanError(f"stages[{index}] holds no layers")
+            end = stage.end_layer
+            _require(
+                len(stage.shards) == self.tensor_parallel, "tensor_parallel", len(stage.shards)
+            )
+            for tp_rank, shard in enumerate(stage.shards):
+                where = f"stages[{index}].shards[{tp_rank}]"
+                _require(shard.stage == index, f"{where}.stage", index)
+                _require(shard.tp_rank == tp_rank, f"{where}.tp_rank", tp_rank)
+        for rank, shard in enumerate(self.shards):
+            _require(shard.rank == rank, f"the shard at place {rank}: rank", rank)
+            _validate_shard(shard)
+
+    def _validate_counts(self) -> None:
+        for name in (
+            "tensor_parallel",
+            "pipeline_parallel",
+            "block_size",
+            "num_device_blocks",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_host_blocks < 0:
+            raise PlanError(f"num_host_blocks is {self.num_host_blocks}; it must be 0 or more")
+        if self.max_model_len > self.num_device_blocks * self.block_size:
+            raise PlanError(
+                f"max_model_len is {self.max_model_len}, but {self.num_device_blocks} device blocks "
+                f"hold {self.num_device_blocks * self.block_size} tokens"
+            )
+
+    def to_json(self) -> str:
+        """The plan as JSON, readable by `from_json` of the same version."""
+        return json.dumps(encode(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> PartitionPlan:
+        """Read and validate a plan. Raises PlanError naming the key that is unknown, missing or wrong."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"the plan is not JSON: {error}") from None
+        if isinstance(data, dict) and data.get("version") != PLAN_VERSION:
+            raise PlanError(
+                f"the plan has version {data.get('version')}, this program reads {PLAN_VERSION}; "
+                "plan again"
+            )
+        plan = decode(cls, data)
+        plan.validate()
+        return plan
+
+
+def _require(holds: bool, name: str, value: int) -> None:
+    if not holds:
+        raise PlanError(f"{name} contradicts the rest of the plan, which has {value}")
+
+
+def _validate_shard(shard: ShardPlan) -> None:
+    where = f"shard {shard.rank}"
+    parts = {
+        "ring_bytes": shard.ring_bytes,
+        "device_kv_bytes": shard.device_kv_bytes,
+        "host_kv_bytes": shard.host_kv_bytes,
+        "workspace_bytes": shard.workspace_bytes,
+        **{placement.unit: placement.num_bytes for placement in shard.placements},
+    }
+    for name, num_bytes in parts.items():
+        if num_bytes < 0:
+            raise PlanError(f"{where}: {name} is {num_bytes}; it must be 0 or more")
+    names = [placement.unit for placement in shard.placements]
+    if len(set(names)) < len(names):
+        raise PlanError(f"{where}: a unit is placed twice")
+    for tier in Tier:
+        if shard.used_bytes(tier) > shard.budget.of(tier):
+            raise PlanError(
+                f"{where} uses {shard.used_bytes(tier)} bytes of {tier.value}, more than its budget "
+                f"of {shard.budget.of(tier)}"
+            )

@@ -1,0 +1,230 @@
+"""From a solution to a PartitionPlan: every unit named, every byte assigned, and the forecast written down."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from kvcache.tier import Tier
+from partition.byte_size import format_byte_size
+from partition.cost import (
+    Array,
+    CostModel,
+    PassShape,
+    page_rounded,
+    pass_time,
+    pipeline_cycle_s,
+)
+from partition.layout_search import Solution, StageDevices
+from partition.plan import Forecast, PartitionPlan, ShardPlan, StagePlan, UnitPlacement
+from partition.profile import Unit, UnitKind
+from partition.sizing import Sizing
+from partition.stage_table import StageTable, may_stream
+from partition.tier_choice import TierChoice, ring_bytes
+from partition.workload import Constraints, Workload
+
+RING_GROWTH_DEPTH = 4
+"""Device bytes that are left over lengthen the ring up to this many of the largest streamed units."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """What is needed to write a solution down as a plan."""
+
+    model: str
+    table: StageTable
+    costs: CostModel
+    stage_devices: tuple[StageDevices, ...]
+    sizing: Sizing
+    workload: Workload
+    constraints: Constraints
+
+    def plan(self, solution: Solution) -> PartitionPlan:
+        """The plan of ``solution``; validated."""
+        profile, sizing = self.table.profile, self.sizing
+        block_size = self.constraints.block_size
+        blocks = sizing.num_device_blocks + self._spare_blocks(solution)
+        stages = tuple(
+            StagePlan(
+                index=stage,
+                first_layer=first,
+                end_layer=end,
+                shards=tuple(
+                    self._shard(stage, rank, (first, end), choice, blocks)
+                    for rank, choice in enumerate(solution.choices[stage])
+                ),
+            )
+            for stage, (first, end) in enumerate(solution.split)
+        )
+        limit = self.constraints.max_model_len or profile.max_position_embeddings
+        forecast = self.forecast(solution)
+        plan = PartitionPlan(
+            model=self.model,
+            architecture=profile.architecture,
+            dtype=profile.dtype,
+            tensor_parallel=self.table.tensor_parallel,
+            pipeline_parallel=len(stages),
+            stages=stages,
+            block_size=block_size,
+            num_device_blocks=blocks,
+            num_host_blocks=sizing.num_host_blocks,
+            max_model_len=min(limit, blocks * block_size),
+            max_num_seqs=sizing.max_num_seqs,
+            max_num_batched_tokens=sizing.max_num_batched_tokens,
+            forecast=forecast,
+            reason=_reason(stages, forecast, batch_size(sizing, self.workload)),
+        )
+        plan.validate()
+        return plan
+
+    def forecast(self, solution: Solution) -> Forecast:
+        """Times for the workload: decode at its concurrency, one prompt's prefill by chunks."""
+        stages = len(solution.split)
+        batch = batch_size(self.sizing, self.workload)
+        passes = min(stages, batch)
+        prompt = min(self.workload.prompt_tokens, self.sizing.max_model_len)
+        chunk = min(prompt, self.sizing.max_num_batched_tokens)
+        prefill = PassShape(num_tokens=chunk, num_sequences=1, context=prompt / 2)
+        prefill_times = [
+            max(float(pass_time(terms)) for terms in self._terms(solution, stage, prefill))
+            for stage in range(stages)
+        ]
+        cycle = pipeline_cycle_s(list(solution.stage_times), passes)
+        slowest = max(range(stages), key=lambda stage: solution.stage_times[stage])
+        decode = decode_shape(self.sizing, self.workload, stages)
+        terms = max(
+            self._terms(solution, slowest, decode), key=lambda terms: float(pass_time(terms))
+        )
+        terms_s = {name: float(value) for name, value in terms.items()}
+        chunks = math.ceil(prompt / chunk)
+        return Forecast(
+            decode_pass_s=cycle,
+            prefill_pass_s=sum(prefill_times),
+            tokens_per_s=batch / cycle if cycle > 0 else 0.0,
+            time_to_first_token_s=sum(prefill_times) + (chunks - 1) * max(prefill_times),
+            binds=max(terms_s, key=lambda name: terms_s[name]),
+            terms_s=terms_s,
+        )
+
+    def _terms(self, solution: Solution, stage: int, shape: PassShape) -> list[dict[str, Array]]:
+        """The terms of each of a stage's ranks."""
+        return [
+            self.costs.terms(
+                self.table.loads[rank].at(*solution.split[stage]),
+                shape,
+                self.stage_devices[stage][rank].bandwidths,
+                choice.streamed_bytes,
+                choice.disk_bytes,
+            )
+            for rank, choice in enumerate(solution.choices[stage])
+        ]
+
+    def _spare_blocks(self, solution: Solution) -> int:
+        """Blocks that the devices still hold when no weight streams: longer contexts, more cached prefixes."""
+        limit = self.constraints.max_model_len or self.table.profile.max_position_embeddings
+        block_size, now = self.constraints.block_size, self.sizing.num_device_blocks
+        wanted = max(now, math.ceil(limit / block_size))
+        spare = [wanted]
+        for run, choices in zip(solution.split, solution.choices, strict=True):
+            for rank, choice in enumerate(choices):
+                if choice.streamed_bytes:
+                    return 0
+                block_bytes = self._block_bytes(run, rank)
+                spare.append(choice.free_device_bytes // block_bytes if block_bytes else wanted)
+        return min(spare)
+
+    def _block_bytes(self, run: tuple[int, int], rank: int) -> int:
+        return self.table.profile.kv_layout(
+            *run, self.constraints.block_size, rank, self.table.tensor_parallel
+        ).block_bytes
+
+    def _shard(
+        self, stage: int, rank: int, run: tuple[int, int], choice: TierChoice, blocks: int
+    ) -> ShardPlan:
+        units = self.table.profile.stage_units(*run)
+        tiers = self._unit_tiers(units, rank, choice)
+        sizes = {unit.name: self.table.unit_bytes(unit, rank) for unit in units}
+        streamed = [
+            page_rounded(sizes[unit.name])
+            for unit in units
+            if may_stream(unit) and tiers[unit.name] is not Tier.DEVICE
+        ]
+        ring = choice.ring_bytes
+        if streamed:
+            longest = ring_bytes(streamed, RING_GROWTH_DEPTH)
+            ring = min(longest, ring + choice.free_device_bytes)
+        block_bytes = self._block_bytes(run, rank)
+        return ShardPlan(
+            rank=stage * self.table.tensor_parallel + rank,
+            stage=stage,
+            tp_rank=rank,
+            budget=self.stage_devices[stage][rank].budget,
+            placements=tuple(
+                UnitPlacement(unit=unit.name, tier=tiers[unit.name], num_bytes=sizes[unit.name])
+                for unit in units
+            ),
+            ring_bytes=ring,
+            device_kv_bytes=blocks * block_bytes,
+            host_kv_bytes=self.sizing.num_host_blocks * block_bytes,
+            workspace_bytes=self.sizing.workspace_bytes,
+        )
+
+    def _unit_tiers(
+        self, units: tuple[Unit, ...], rank: int, choice: TierChoice
+    ) -> dict[str, Tier]:
+        """Name the units: within a class the resident ones are spread evenly over the pass, so that the
+        streams run evenly, and so are the host's among the rest."""
+        tiers: dict[str, Tier] = {}
+        members: dict[int, list[str]] = defaultdict(list)
+        for unit in units:
+            if unit.kind is UnitKind.EMBEDDING:
+                tiers[unit.name] = choice.embedding or Tier.DEVICE
+            elif may_stream(unit):
+                members[page_rounded(self.table.unit_bytes(unit, rank))].append(unit.name)
+            else:
+                tiers[unit.name] = Tier.DEVICE
+        classes = self.table.stream_classes(units, rank)
+        for index, (size, _) in enumerate(classes):
+            names = members[size]
+            resident = _spread(names, choice.resident[index])
+            rest = [name for name in names if name not in resident]
+            on_host = _spread(rest, choice.on_host[index])
+            for name in names:
+                tiers[name] = (
+                    Tier.DEVICE if name in resident else Tier.HOST if name in on_host else Tier.NVME
+                )
+        return tiers
+
+
+def batch_size(sizing: Sizing, workload: Workload) -> int:
+    """Sequences that decode together."""
+    return min(workload.concurrency, sizing.max_num_seqs)
+
+
+def decode_shape(sizing: Sizing, workload: Workload, pipeline_parallel: int) -> PassShape:
+    """One of the decode passes in flight, halfway through the workload's outputs."""
+    batch = batch_size(sizing, workload)
+    per_pass = math.ceil(batch / min(pipeline_parallel, batch))
+    context = min(workload.prompt_tokens + workload.output_tokens / 2, sizing.max_model_len)
+    return PassShape(num_tokens=per_pass, num_sequences=per_pass, context=context)
+
+
+def _spread(names: list[str], count: int) -> set[str]:
+    total = len(names)
+    return {name for i, name in enumerate(names) if (i + 1) * count // total > i * count // total}
+
+
+def _reason(stages: tuple[StagePlan, ...], forecast: Forecast, batch: int) -> str:
+    shards = [shard for stage in stages for shard in stage.shards]
+    held = {tier: sum(shard.weight_bytes(tier) for shard in shards) for tier in Tier}
+    where = ", ".join(
+        f"{format_byte_size(num_bytes)} {'on ' + tier.value}"
+        for tier, num_bytes in held.items()
+        if num_bytes
+    )
+    return (
+        f"TP {len(stages[0].shards)} x PP {len(stages)}, weights {where}: {forecast.binds} binds, "
+        f"{batch} sequences decode at {forecast.tokens_per_s:.3g} tokens/s "
+        f"({forecast.decode_pass_s:.3g} s a pass)"
+    )

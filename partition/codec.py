@@ -1,0 +1,113 @@
+"""Frozen dataclasses to and from plain JSON/YAML values, refusing whatever the types do not declare."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import types
+import typing
+from typing import Any, TypeVar
+
+from partition.byte_size import parse_byte_size
+from partition.errors import PlanError
+
+T = TypeVar("T")
+
+
+def encode(value: Any) -> Any:
+    """``value`` as dicts, lists, strings and numbers."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [encode(item) for item in value]
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in value.items()}
+    return value
+
+
+def decode(cls: type[T], data: Any, where: str = "") -> T:
+    """Rebuild a ``cls`` from `encode`'s form. Sizes may be strings ("2GiB") in fields named ``*_bytes``.
+
+    Raises PlanError naming the key (as a path from ``where``) that is missing, unknown or of a wrong type.
+    """
+    return typing.cast(T, _decode(cls, data, where))
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [arg for arg in typing.get_args(kind) if arg is not type(None)]
+        return None if data is None else _decode(kinds[0], data, where)
+    if origin is tuple:
+        _expect(isinstance(data, list), where, "a list", data)
+        item = typing.get_args(kind)[0]
+        return tuple(_decode(item, value, f"{where}[{i}]") for i, value in enumerate(data))
+    if origin is dict:
+        _expect(
+            isinstance(data, dict) and all(isinstance(k, str) for k in data), where, "a map", data
+        )
+        item = typing.get_args(kind)[1]
+        return {key: _decode(item, value, f"{where}.{key}") for key, value in data.items()}
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, data, where)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        values = [member.value for member in kind]
+        _expect(data in values, where, f"one of {', '.join(map(str, values))}", data)
+        return kind(data)
+    return _decode_scalar(kind, data, where)
+
+
+def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
+    _expect(isinstance(data, dict), where, "a map", data)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    dot = f"{where}." if where else ""
+    for key in data:
+        if key not in fields:
+            raise PlanError(f"unknown key {dot}{key}; known are {', '.join(fields)}")
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _decode(hints[name], data[name], f"{dot}{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise PlanError(f"{dot}{name} is missing; add it")
+    try:
+        return cls(**values)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
+    if kind is bool:
+        _expect(isinstance(data, bool), where, "true or false", data)
+    elif kind is str:
+        _expect(isinstance(data, str), where, "a string", data)
+    elif kind is int:
+        if isinstance(data, str) and where.endswith("_bytes"):
+            try:
+                data = parse_byte_size(data)
+            except ValueError as error:
+                raise PlanError(f"{where}: {error}") from None
+        _expect(isinstance(data, int) and not isinstance(data, bool), where, "an integer", data)
+    elif kind is float:
+        if isinstance(data, str):  # YAML reads 1e9 as a string
+            try:
+                data = float(data)
+            except ValueError:
+                _expect(False, where, "a number", data)
+        number = isinstance(data, (int, float)) and not isinstance(data, bool)
+        _expect(number and math.isfinite(data), where, "a finite number", data)
+        data = float(data)
+    else:
+        raise AssertionError(f"no codec for {kind}")
+    return data
+
+
+def _expect(holds: bool, where: str, what: str, data: Any) -> None:
+    if not holds:
+        shown = repr(data)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        raise PlanError(f"{where or 'the document'} must be {what}, but is {shown}")

@@ -1,0 +1,222 @@
+"""Which units of one shard lie on which tier: an exact integer program over classes of equal units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+from kvcache.tier import Tier
+from partition.cost import PAGE_BYTES
+
+RING_DEPTH = 2
+"""The least number of streamed units the ring holds at once: the one in use and the next."""
+
+TIE_BREAK = 1e-6
+"""What keeping every byte on faster tiers may cost in time, as a share of reading the largest unit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierProblem:
+    """One shard's choice. All sizes are page-rounded bytes; capacities are what weights may take.
+
+    ``classes`` are (size, count) of the units that stream from wherever they lie, sizes distinct;
+    ``embedding`` is the size of the embedding, of which a pass reads rows only (0: none).
+    ``floor_s`` is the time below which fewer streamed bytes gain nothing.
+    """
+
+    classes: tuple[tuple[int, int], ...]
+    embedding: int
+    device_bytes: int
+    host_bytes: int
+    nvme_bytes: int
+    floor_s: float
+    host_link: float
+    disk: float
+
+    @property
+    def stream_bytes(self) -> int:
+        return sum(size * count for size, count in self.classes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierChoice:
+    """Units of each class by tier, the embedding's tier (None: no embedding), and the ring they need."""
+
+    resident: tuple[int, ...]
+    on_host: tuple[int, ...]
+    on_nvme: tuple[int, ...]
+    embedding: Tier | None
+    ring_bytes: int
+    streamed_bytes: int
+    disk_bytes: int
+    free_device_bytes: int
+
+
+def ring_bytes(streamed: list[int], depth: int = RING_DEPTH) -> int:
+    """The ring for these streamed sizes: its ``depth`` largest, each with a page for alignment."""
+    return sum(size + PAGE_BYTES for size in sorted(streamed, reverse=True)[:depth])
+
+
+def choose_tiers(problem: TierProblem) -> TierChoice | None:
+    """The tiers with the least ``max(floor, streamed / link, disk bytes / disk)``; None: nothing fits.
+
+    Ties go to the faster tiers. Pinning is optimal because a pass is a cyclic scan: every byte that is not
+    resident moves once a pass, whichever it is.
+    """
+    if min(problem.device_bytes, problem.host_bytes, problem.nvme_bytes) < 0:
+        return None
+    counts = tuple(count for _, count in problem.classes)
+    if problem.stream_bytes <= problem.device_bytes:
+        none = (0,) * len(counts)
+        return _finish(problem, counts, none, none)
+    shrink = 0.0
+    for _ in range(4):  # the solver's tolerance may overstep a capacity by a few bytes in a billion
+        solution = _solve(problem, shrink)
+        if solution is None:
+            return None
+        resident, on_host, on_nvme = solution
+        choice = _finish(problem, resident, on_host, on_nvme)
+        if choice is not None:
+            return choice
+        shrink = max(4 * shrink, 1e-7)
+    return None
+
+
+def _finish(
+    problem: TierProblem,
+    resident: tuple[int, ...],
+    on_host: tuple[int, ...],
+    on_nvme: tuple[int, ...],
+) -> TierChoice | None:
+    """Check the counts in exact integers, move units up into what is free, place the embedding."""
+    sizes = [size for size, _ in problem.classes]
+    on_device, in_host, in_nvme = list(resident), list(on_host), list(on_nvme)
+
+    def ring() -> int:
+        return ring_bytes(
+            [
+                s
+                for s, h, n in zip(sizes, in_host, in_nvme, strict=True)
+                for _ in range(min(h + n, 2))
+            ]
+        )
+
+    def total(counts: list[int]) -> int:
+        return sum(s * c for s, c in zip(sizes, counts, strict=True))
+
+    def free() -> dict[Tier, int]:
+        return {
+            Tier.DEVICE: problem.device_bytes - total(on_device) - ring(),
+            Tier.HOST: problem.host_bytes - total(in_host),
+            Tier.NVME: problem.nvme_bytes - total(in_nvme),
+        }
+
+    left = free()
+    if min(left.values()) < 0:
+        return None
+    everything = problem.stream_bytes + problem.embedding <= problem.device_bytes
+    order = [Tier.HOST, Tier.NVME, Tier.DEVICE]
+    if everything:
+        order = [Tier.DEVICE]
+    embedding = next((t for t in order if problem.embedding <= left[t]), None)
+    if problem.embedding and embedding is None:
+        return None
+    reserved = {t: problem.embedding if t is embedding else 0 for t in Tier}
+    moves = ((in_nvme, on_device), (in_host, on_device), (in_nvme, in_host))
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for source, target in moves:
+            while source[i]:
+                source[i], target[i] = source[i] - 1, target[i] + 1
+                if any(free()[t] < reserved[t] for t in (Tier.DEVICE, Tier.HOST)):
+                    source[i], target[i] = source[i] + 1, target[i] - 1
+                    break
+    return TierChoice(
+        resident=tuple(on_device),
+        on_host=tuple(in_host),
+        on_nvme=tuple(in_nvme),
+        embedding=embedding if problem.embedding else None,
+        ring_bytes=ring(),
+        streamed_bytes=total(in_host) + total(in_nvme),
+        disk_bytes=total(in_nvme),
+        free_device_bytes=free()[Tier.DEVICE] - reserved[Tier.DEVICE],
+    )
+
+
+def _solve(
+    problem: TierProblem, shrink: float
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """Counts on device, host and NVMe from HiGHS; capacities are lowered by the share ``shrink``.
+
+    Per class: d resident and h on the host (the rest on NVMe), y whether any streams, w whether two do. Then
+    e_d and e_h for the embedding, the ring r and the time t. The ring is at least every pair of streamed
+    sizes, so it is the two largest.
+    """
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    sizes = [size for size, _ in problem.classes]
+    counts = [count for _, count in problem.classes]
+    n = len(sizes)
+    d, h, y, w = (range(k * n, (k + 1) * n) for k in range(4))
+    e_d, e_h, r, t = range(4 * n, 4 * n + 4)
+    scale = float(
+        max(sizes)
+    )  # bytes in units of the largest class, times in those of one of its reads
+    size = [s / scale for s in sizes]
+    slot = [(s + PAGE_BYTES) / scale for s in sizes]
+    embedding = problem.embedding / scale
+    stream = problem.stream_bytes / scale
+    rows: list[dict[int, float]] = []
+    upper: list[float] = []
+
+    def at_most(row: dict[int, float], limit: float) -> None:
+        rows.append(row)
+        upper.append(limit)
+
+    keep = (1 - shrink) / scale
+    at_most(
+        {**{d[c]: size[c] for c in range(n)}, e_d: embedding, r: 1.0}, problem.device_bytes * keep
+    )
+    at_most({**{h[c]: size[c] for c in range(n)}, e_h: embedding}, problem.host_bytes * keep)
+    off_nvme = {**{d[c]: -size[c] for c in range(n)}, **{h[c]: -size[c] for c in range(n)}}
+    at_most(
+        {**off_nvme, e_d: -embedding, e_h: -embedding},
+        problem.nvme_bytes * keep - stream - embedding,
+    )
+    at_most({e_d: 1.0, e_h: 1.0}, 1.0)
+    at_most({**{d[c]: -size[c] for c in range(n)}, t: -problem.host_link / problem.disk}, -stream)
+    at_most({**off_nvme, t: -1.0}, -stream)
+    for c in range(n):
+        at_most({d[c]: 1.0, h[c]: 1.0}, counts[c])
+        at_most({d[c]: -1.0, y[c]: -counts[c]}, -counts[c])
+        at_most({d[c]: -1.0, w[c]: -(counts[c] - 1)}, 1 - counts[c])
+        at_most({y[c]: slot[c], r: -1.0}, 0.0)
+        at_most({w[c]: 2 * slot[c], r: -1.0}, 0.0)
+    for a, b in combinations(range(n), 2):
+        at_most({y[a]: slot[a], y[b]: slot[b], r: -1.0}, 0.0)
+    num = t + 1
+    matrix = np.zeros((len(rows), num))
+    for index, row in enumerate(rows):
+        for column, value in row.items():
+            matrix[index, column] = value
+    lower_bounds = np.zeros(num)
+    lower_bounds[t] = problem.floor_s * problem.disk / scale
+    upper_bounds = np.array([*counts, *counts, *[1.0] * (2 * n), 1.0, 1.0, np.inf, np.inf])
+    cost = np.zeros(num)
+    cost[t] = 1.0
+    for c in range(n):
+        cost[d[c]] = -2 * TIE_BREAK * size[c] / stream
+        cost[h[c]] = -TIE_BREAK * size[c] / stream
+    result = milp(
+        cost,
+        constraints=LinearConstraint(matrix, ub=np.array(upper)),
+        integrality=np.array([1] * (4 * n + 2) + [0, 0]),
+        bounds=Bounds(lower_bounds, upper_bounds),
+        options={"mip_rel_gap": 1e-9, "time_limit": 5.0},
+    )
+    if result.x is None:
+        return None
+    x = [round(float(value)) for value in result.x[: 4 * n]]
+    resident, on_host = tuple(x[:n]), tuple(x[n : 2 * n])
+    on_nvme = tuple(c - a - b for c, a, b in zip(counts, resident, on_host, strict=True))
+    return resident, on_host, on_nvme
