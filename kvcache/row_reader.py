@@ -94,7 +94,7 @@ class RowReader:
         return table[inverse], sum(extent.stop - extent.start for extent in extents)
 
     def verify_first_read(self, unit: str) -> None:
-        """Check a whole unit, which is never read at once, if the store is to check what it reads."""
+        """Check a whole unit, which is never read at once, if the store checks reads."""
         self._store.verify_first_read(self._scratch[0], unit)
 
     def close(self) -> None:

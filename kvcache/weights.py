@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ class WeightManager:
         self._ring = Ring(ring_bytes // ALIGNMENT * ALIGNMENT if self._order else 0)
         self._staging = Ring(self._staging_bytes() if self._on_cuda else 0)
         self._check_placements()
-        self.stats = TransferStats()
+        self.transfers = TransferStats()
         self._resident: dict[str, dict[str, torch.Tensor]] = {}
         self._host: dict[str, torch.Tensor] = {}
         self._owned: list[tuple[Arena, torch.Tensor]] = []
@@ -157,7 +158,7 @@ class WeightManager:
             while flight is None or flight.state is _State.LOADING:
                 started = time.perf_counter()
                 self._changed.wait()
-                self.stats.add_stall(time.perf_counter() - started)
+                self.transfers.add_stall(time.perf_counter() - started)
                 if flight is None or self._closed:
                     flight = self._locate(unit)
             if flight.error is not None:
@@ -193,19 +194,29 @@ class WeightManager:
             return self._resident[unit][tensor].index_select(0, ids.to(self._device))
         if unit in self._host:
             link = Link("rows", Tier.HOST, Tier.DEVICE)
-            self.stats.begin(link)
+            self.transfers.begin(link)
             rows = slot.view(self._host[unit]).index_select(0, ids.cpu()).to(self._device)
-            self.stats.end(link, rows.nbytes)
+            self.transfers.end(link, rows.nbytes)
             return rows
         assert self._rows is not None, "the weights are not loaded"
         link = Link("rows", Tier.NVME, Tier.DEVICE)
         num_bytes = 0
-        self.stats.begin(link)
+        self.transfers.begin(link)
         try:
             rows, num_bytes = self._rows.read(unit, slot, ids)
         finally:
-            self.stats.end(link, num_bytes)
+            self.transfers.end(link, num_bytes)
         return rows.to(self._device)
+
+    def stats(self) -> dict[str, Any]:
+        """Plain data: seconds stalled in `acquire`, and each link's transfers, bytes and busy time."""
+        return {
+            "stall_s": self.transfers.stall_s,
+            "transfers": {
+                f"{link.kind}_{link.source.value}_to_{link.target.value}": asdict(totals)
+                for link, totals in self.transfers.snapshot().items()
+            },
+        }
 
     def close(self) -> None:
         """Wait for transfers under way, end the threads, close the store, free the memory.
@@ -394,7 +405,7 @@ class WeightManager:
         assert self._store is not None
         target = flight.buffer if flight.staging is None else flight.staging
         link = self._read_link(flight)
-        self.stats.begin(link)
+        self.transfers.begin(link)
         future = self._store.submit(name, target)
         future.add_done_callback(lambda done: self._read_done(flight, target, done))
 
@@ -404,7 +415,7 @@ class WeightManager:
     def _read_done(self, flight: _Flight, target: torch.Tensor, done: Future[None]) -> None:
         assert self._store is not None
         error = done.exception()
-        self.stats.end(self._read_link(flight), 0 if error else flight.layout.num_bytes)
+        self.transfers.end(self._read_link(flight), 0 if error else flight.layout.num_bytes)
         if error is None:
             try:
                 self._store.check_first_read(flight.layout.name, target)
@@ -419,7 +430,7 @@ class WeightManager:
         """Copy a unit from host memory into the ring. Runs in the copy thread."""
         link = Link("weights", Tier.HOST, Tier.DEVICE)
         error: BaseException | None = None
-        self.stats.begin(link)
+        self.transfers.begin(link)
         try:
             if self._copy_stream is None:
                 # One memcpy without the GIL: torch's own copy would take the compute threads.
@@ -432,7 +443,7 @@ class WeightManager:
                 self._copy_stream.synchronize()
         except Exception as failure:  # surfaces in acquire
             error = failure
-        self.stats.end(link, 0 if error else flight.layout.num_bytes)
+        self.transfers.end(link, 0 if error else flight.layout.num_bytes)
         self._settle(flight, error)
 
     def _settle(self, flight: _Flight, error: BaseException | None) -> None:

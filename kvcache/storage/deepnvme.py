@@ -68,7 +68,7 @@ def _load_operator() -> Any:
     if not library.is_file() or spec is None or spec.loader is None:
         raise BackendUnavailableError(
             "deepnvme needs DeepSpeed's async_io op, which is not built here; install libaio's "
-            "headers and run DS_BUILD_AIO=1 pip install --no-cache-dir --force-reinstall deepspeed, "
+            "headers and run DS_BUILD_AIO=1 pip install --force-reinstall deepspeed, "
             "or use the posix backend"
         )
     module = importlib.util.module_from_spec(spec)
