@@ -1,0 +1,173 @@
+"""``python -m deployments MODEL [key=value ...]``: a Ray of its own, until a signal."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import httpx
+
+from deployments.tuning import tune
+from giantserve.errors import ConfigError, EngineDeadError, GiantserveError
+from partition.errors import PlanError
+
+if TYPE_CHECKING:
+    from ray import serve
+
+OBJECT_STORE_BYTES = 128 * 2**20
+READY_TIMEOUT_S = 60.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; 0 after a clean end, 1 and a line on stderr after an error."""
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        _check_port(arguments.host, arguments.port)
+        options = _key_values(arguments.options)
+        tune()
+        _serve({"model": arguments.model, **options}, arguments)
+    except (GiantserveError, PlanError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deployments", description=__doc__)
+    parser.add_argument("model", help="the checkpoint folder")
+    parser.add_argument("options", nargs="*", metavar="key=value", help="as for deployments.app")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--address", default="local", help="a running Ray cluster to join")
+    return parser
+
+
+def _key_values(pairs: Sequence[str]) -> dict[str, str]:
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"'{pair}' is not key=value")
+        options[name] = value
+    return options
+
+
+def _check_port(host: str, port: int) -> None:
+    """Find out before anything is loaded. Raises ConfigError."""
+    if not 0 < port < 65536:
+        raise ConfigError(f"port {port} is not between 1 and 65535")
+    try:
+        with socket.create_server((host, port)):
+            return
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --port"
+        ) from None
+
+
+def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    from deployments.app import APP_NAME, build_app
+
+    app = build_app(options)
+    started_s = time.monotonic()
+    local = arguments.address == "local"
+    ray.init(
+        address=arguments.address,
+        include_dashboard=False if local else None,
+        num_cpus=_num_cpus(app) if local else None,
+        object_store_memory=OBJECT_STORE_BYTES if local else None,
+        log_to_driver=False,
+        logging_level="WARNING",
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        serve.start(
+            http_options=HTTPOptions(
+                host=arguments.host, port=arguments.port, request_timeout_s=None
+            ),
+            logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+        )
+        _run(app)
+        url = f"http://{_reachable(arguments.host)}:{arguments.port}"
+        _wait_until_routed(url)
+        print(f"ready: {url}/v1 after {time.monotonic() - started_s:.1f} s", flush=True)
+        while True:
+            signal.pause()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if local:
+            serve.shutdown()
+        else:
+            serve.delete(APP_NAME)
+        ray.shutdown()
+
+
+def _run(app: serve.Application) -> None:
+    """Deploy and wait. Raises EngineDeadError with the last line of what the replica said."""
+    from ray import serve
+
+    from deployments.app import APP_NAME
+
+    try:
+        serve.run(app, name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        status = serve.status().applications.get(APP_NAME)
+        messages = [d.message for d in status.deployments.values()] if status else []
+        lines = [line for line in "\n".join([str(error), *messages]).splitlines() if line.strip()]
+        causes = [line for line in lines if "Error: " in line]
+        raise EngineDeadError((causes or lines)[-1].strip()) from None
+
+
+def _wait_until_routed(url: str) -> None:
+    """The proxy learns of the replica a moment after it is up.
+
+    Any answer but the proxy's own will do.
+    """
+    give_up_s = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < give_up_s:
+        try:
+            answer = httpx.get(f"{url}/v1/models", timeout=5.0)
+        except httpx.HTTPError:
+            answer = None
+        if answer is not None and answer.status_code in (200, 401):
+            return
+        time.sleep(0.05)
+    raise EngineDeadError(f"{url} does not answer within {READY_TIMEOUT_S:.0f} s")
+
+
+def _num_cpus(app: serve.Application) -> int:
+    """Ray's logical CPUs: those of the machine, or more where the bundles ask for it."""
+    deployment = app._bound_deployment
+    bundles = deployment._replica_config.placement_group_bundles or []
+    needed = sum(bundle.get("CPU", 0.0) for bundle in bundles) * (deployment.num_replicas or 1)
+    return max(os.cpu_count() or 1, math.ceil(needed))
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""The command ``giantserve``."""
+
+from giantserve.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,158 @@
+"""The command line, as a user meets it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from giantserve.cli.doctor import conclusions
+from giantserve.cli.main import app
+from giantserve.cli.plan_table import print_plan
+from giantserve.machine import GPU, Machine, read_cgroup_limit
+from kvcache.tier import Tier, TierBudget
+from partition.plan import Forecast, PartitionPlan, ShardPlan, StagePlan, UnitPlacement
+
+COMMANDS = ("serve", "generate", "chat", "plan", "demo", "doctor")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "from giantserve.cli import main; main()"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_help_teaches() -> None:
+    text = CliRunner().invoke(app, ["--help"]).output
+    assert all(command in text for command in COMMANDS)
+    assert "giantserve serve ./my-model --device-memory 8GiB" in text
+    for command in COMMANDS:
+        result = CliRunner().invoke(app, [command, "--help"])
+        assert result.exit_code == 0
+        assert f"giantserve {command}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("serve", "/m", "--device-memory", "lots"), 1, "'device_memory': 'lots' is not a size"),
+        (("plan", "/m", "--host-memory", "-1"), 1, "'host_memory': '-1' is not a size"),
+        (("chat", "--url", "http://127.0.0.1:9", "--message", "x"), 1, "cannot talk to"),
+        (("serve", "/m", "--port", "0"), 2, "--port"),
+        (("serve", "/m", "--tensor-parallel", "x"), 2, "--tensor-parallel"),
+        (("serve",), 2, "MODEL"),
+        (("nonsense",), 2, "nonsense"),
+    ],
+)
+def test_mistakes_are_one_line_and_no_traceback(
+    arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    done = run(*arguments)
+    assert done.returncode == code
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert done.stderr.startswith("giantserve: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_serve_hands_over_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[Any] = []
+    monkeypatch.setattr(os, "execv", lambda path, command: handed.append((path, command)))
+    monkeypatch.delenv("GIANTSERVE_API_KEY", raising=False)
+    arguments = ["serve", "/m", "--port", "8123", "--device-memory", "2GiB", "--nvme-dir", "/n"]
+    arguments += ["--pipeline-parallel", "2", "--api-key", "secret", "--no-prefix-caching"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    ((path, command),) = handed
+    assert (path, command[:4]) == (sys.executable, [sys.executable, "-m", "deployments", "/m"])
+    expected = {"device_memory=2GiB", "nvme_dir=/n", "pipeline_parallel=2", "--port=8123"}
+    assert expected < set(command)
+    assert "enable_prefix_caching=False" in command
+    assert "secret" not in " ".join(command)
+    assert os.environ.pop("GIANTSERVE_API_KEY") == "secret"
+
+    from deployments.options import parse_args
+
+    args = dict(pair.split("=", 1) for pair in command[4:] if not pair.startswith("--"))
+    config, options = parse_args({"model": "/m", **args})
+    assert (config.device_memory, config.enable_prefix_caching) == (2**31, False)
+    assert options.num_replicas == 1
+
+
+def test_a_plan_as_a_table() -> None:
+    shard = ShardPlan(
+        rank=0,
+        stage=0,
+        tp_rank=0,
+        budget=TierBudget(device_bytes=2**30, host_bytes=2**30, nvme_bytes=2**30),
+        placements=(
+            UnitPlacement(unit="a", tier=Tier.DEVICE, num_bytes=3 * 2**20),
+            UnitPlacement(unit="b", tier=Tier.NVME, num_bytes=2**29),
+        ),
+        ring_bytes=0,
+        device_kv_bytes=2**20,
+        host_kv_bytes=0,
+        workspace_bytes=0,
+    )
+    plan = PartitionPlan(
+        model="/m",
+        architecture="LlamaForCausalLM",
+        dtype="bfloat16",
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        stages=(StagePlan(index=0, first_layer=0, end_layer=4, shards=(shard,)),),
+        block_size=16,
+        num_device_blocks=1,
+        num_host_blocks=0,
+        max_model_len=128,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        forecast=Forecast(
+            decode_pass_s=0.25,
+            prefill_pass_s=0.5,
+            tokens_per_s=32.0,
+            time_to_first_token_s=0.5,
+            binds="disk",
+        ),
+    )
+    console = Console(width=120)
+    with console.capture() as captured:
+        print_plan(plan, console)
+    text = captured.get()
+    row = next(line for line in text.splitlines() if "stage 0.0" in line)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells == ["stage 0.0", "0-3", "3 MiB", "-", "512 MiB", "1 MiB", "-"]
+    assert "32.0 tokens/s" in text
+    assert "decode pass 250 ms, bound by disk" in text
+
+
+def test_doctor_says_what_binds(tmp_path: Path) -> None:
+    small = Machine(
+        num_cpus=2, total_bytes=2**34, available_bytes=2**33, cgroup_bytes=2**32, gpus=()
+    )
+    device, memory, disk = conclusions(small, tmp_path)
+    assert "NVML sees no GPU" in device
+    assert memory == "host memory: up to 4 GiB, the cgroup's limit"
+    assert str(tmp_path) in disk
+    gpu = GPU(name="x", total_bytes=1, free_bytes=1, link="PCIe 5 x16")
+    large = Machine(
+        num_cpus=2, total_bytes=2**34, available_bytes=2**33, cgroup_bytes=None, gpus=(gpu,)
+    )
+    device, memory, _ = conclusions(large, tmp_path)
+    assert device.startswith("device tier: 1 GPU(s)")
+    assert memory == "host memory: up to 8 GiB, what the system has available"
+
+
+def test_cgroup_limits(tmp_path: Path) -> None:
+    file = tmp_path / "memory.max"
+    assert read_cgroup_limit((file,)) is None
+    for text, limit in (("max\n", None), ("1048576\n", 2**20), (f"{2**63 - 4096}\n", None)):
+        file.write_text(text)
+        assert read_cgroup_limit((tmp_path / "absent", file)) == limit

@@ -1,0 +1,127 @@
+"""Arguments, placement, settings and the YAML files. No cluster is started."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.metrics import flatten
+from deployments.options import DeploymentOptions, parse_args
+from deployments.placement import gpus_per_shard
+from deployments.tuning import SERVE_SETTINGS, tune
+from giantserve.config import EngineConfig
+from giantserve.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "deployments" / "configs").glob("*.yaml"))
+
+
+def test_text_and_values_give_the_same_options() -> None:
+    text = {
+        "model": "/m",
+        "device_memory": "256MiB",
+        "pipeline_parallel": "2",
+        "enable_prefix_caching": "false",
+        "nvme_dir": "/n",
+        "num_replicas": "3",
+        "max_body_bytes": "1MiB",
+        "api_key": "k",
+    }
+    values = {
+        "model": "/m",
+        "device_memory": 2**28,
+        "pipeline_parallel": 2,
+        "enable_prefix_caching": False,
+        "nvme_dir": Path("/n"),
+        "num_replicas": 3,
+        "max_body_bytes": 2**20,
+        "api_key": "k",
+    }
+    assert parse_args(text) == parse_args(values)
+    config, options = parse_args(text)
+    assert config == EngineConfig(
+        model="/m",
+        device_memory=2**28,
+        pipeline_parallel=2,
+        enable_prefix_caching=False,
+        nvme_dir=Path("/n"),
+    )
+    assert options == DeploymentOptions(num_replicas=3, max_body_bytes=2**20, api_key="k")
+    assert "k'" not in repr(options)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (
+            {"model": "/m", "device_memroy": "1GiB"},
+            "unknown option 'device_memroy'; there are api_",
+        ),
+        ({}, "option 'model' is missing"),
+        ({"model": "/m", "device_memory": "lots"}, "option 'device_memory': 'lots' is not a size"),
+        ({"model": "/m", "num_replicas": "0"}, "option 'num_replicas': '0' is too small"),
+        ({"model": "/m", "seed": "x"}, "option 'seed': 'x' is not a whole number"),
+        ({"model": "/m", "trust_remote_code": "maybe"}, "neither true nor false"),
+        ({"model": "/m", "cpus_per_shard": "-1"}, "must be at least 0"),
+        ({"model": ""}, "option 'model': '' is not a text"),
+    ],
+)
+def test_wrong_arguments_are_named(args: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(args)
+    assert says in str(caught.value)
+
+
+def test_the_api_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIANTSERVE_API_KEY", "from-environment")
+    assert parse_args({"model": "/m"})[1].api_key == "from-environment"
+    assert parse_args({"model": "/m", "api_key": "given"})[1].api_key == "given"
+
+
+def test_gpus_follow_the_device_unless_they_are_given() -> None:
+    cuda, cpu = EngineConfig(model="m", device="cuda"), EngineConfig(model="m", device="cpu")
+    assert gpus_per_shard(cuda, DeploymentOptions()) == 1.0
+    assert gpus_per_shard(cpu, DeploymentOptions()) == 0.0
+    assert gpus_per_shard(cuda, DeploymentOptions(gpus_per_shard=0.5)) == 0.5
+
+
+def test_settings_leave_the_users_alone() -> None:
+    environment = {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    tune(environment)
+    assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+    assert set(environment) == {*SERVE_SETTINGS, "RAY_SERVE_HAPROXY_STATS_PORT"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.stem))
+def test_configs_are_valid(path: Path) -> None:
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    (application,) = schema.applications
+    assert application.import_path == "deployments.app:build_app"
+    config, _ = parse_args(application.args)
+    assert config.model == "/models/my-model"
+
+
+def test_there_are_configs() -> None:
+    assert len(CONFIGS) >= 2
+
+
+def test_stats_flatten_to_numbers() -> None:
+    stats = {"running": 2, "bytes": {"host": {"read": 5}}, "rates": [0.5], "name": "x"}
+    assert dict(flatten(stats)) == {"running": 2.0, "bytes.host.read": 5.0, "rates.0": 0.5}
+
+
+def test_a_taken_port_is_one_line_before_anything_loads() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "deployments", "/no/model", f"--port={port}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port\n"
+    )
