@@ -1,4 +1,5 @@
-"""The planner: which shard holds which weights on which tier, and what a pass will cost. Imports no torch."""
+"""The planner: which shard holds which weights on which tier, and what a pass will cost. Imports no
+torch."""
 
 from partition.bandwidths import Bandwidths, GemmRate
 from partition.cluster import ClusterSpec, DeviceSpec, NodeSpec

@@ -1,4 +1,5 @@
-"""From a solution to a PartitionPlan: every unit named, every byte assigned, and the forecast written down."""
+"""From a solution to a PartitionPlan: every unit named, every byte assigned, and the forecast
+written down."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from partition.tier_choice import TierChoice, ring_bytes
 from partition.workload import Constraints, Workload
 
 RING_GROWTH_DEPTH = 4
-"""Device bytes that are left over lengthen the ring up to this many of the largest streamed units."""
+"""Device bytes that are left over lengthen the ring up to this many of the largest streamed
+units."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +123,11 @@ class Assembly:
         ]
 
     def _spare_blocks(self, solution: Solution) -> int:
-        """Blocks that the devices still hold when no weight streams: longer contexts, more cached prefixes."""
+        """Blocks that the devices still hold when no weight streams: longer contexts, more cached
+        prefixes."""
         limit = self.constraints.max_model_len or self.table.profile.max_position_embeddings
         block_size, now = self.constraints.block_size, self.sizing.num_device_blocks
-        wanted = max(now, math.ceil(limit / block_size))
+        wanted = max(0, math.ceil(limit / block_size) - now)
         spare = [wanted]
         for run, choices in zip(solution.split, solution.choices, strict=True):
             for rank, choice in enumerate(choices):
@@ -173,8 +176,8 @@ class Assembly:
     def _unit_tiers(
         self, units: tuple[Unit, ...], rank: int, choice: TierChoice
     ) -> dict[str, Tier]:
-        """Name the units: within a class the resident ones are spread evenly over the pass, so that the
-        streams run evenly, and so are the host's among the rest."""
+        """Name the units: within a class the resident ones are spread evenly over the pass, so that
+        the streams run evenly, and so are the host's among the rest."""
         tiers: dict[str, Tier] = {}
         members: dict[int, list[str]] = defaultdict(list)
         for unit in units:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 from partition.errors import PlanError
 
@@ -26,8 +27,9 @@ class GemmRate:
 class Bandwidths:
     """Rates of one device in bytes/s and latencies in seconds.
 
-    ``gemm`` is sorted by rows and interpolated between them. ``all_reduce`` is the rate of one rank's link
-    in a ring, ``send`` that between neighbouring stages. ``unit_latency_s`` is lost once per unit per pass.
+    ``gemm`` is sorted by rows and interpolated between them. ``all_reduce`` is the rate of one
+    rank's link in a ring, ``send`` that between neighbouring stages. ``unit_latency_s`` is lost
+    once per unit per pass.
     """
 
     device_memory: float
@@ -54,25 +56,28 @@ class Bandwidths:
             raise PlanError(f"gemm rows are {rows}; give at least one, rising")
 
     def flops_per_s(self, rows: float) -> float:
-        """FLOP/s at ``rows`` rows: linear in log(rows) between measured points, constant outside."""
+        """FLOP/s at ``rows`` rows: linear in log(rows) between measured points, constant
+        outside."""
         points = self.gemm
         if rows <= points[0].rows:
             return points[0].flops_per_s
-        for low, high in zip(points, points[1:], strict=False):
+        for low, high in pairwise(points):
             if rows <= high.rows:
                 share = math.log(rows / low.rows) / math.log(high.rows / low.rows)
                 return low.flops_per_s + share * (high.flops_per_s - low.flops_per_s)
         return points[-1].flops_per_s
 
     def all_reduce_s(self, num_bytes: float, world: int) -> float:
-        """A ring all-reduce moves 2 (w-1)/w of the message in 2 (w-1) hops (Thakur et al., 2005)."""
+        """A ring all-reduce moves 2 (w-1)/w of the message in 2 (w-1) hops (Thakur et al.,
+        2005)."""
         if world == 1:
             return 0.0
         share = 2 * (world - 1) / world
         return self.all_reduce_latency_s + share * num_bytes / self.all_reduce
 
     def send_s(self, num_bytes: float) -> float:
-        """A point-to-point message between stages: latency plus bytes over the link (Hockney, 1994)."""
+        """A point-to-point message between stages: latency plus bytes over the link (Hockney,
+        1994)."""
         return self.send_latency_s + num_bytes / self.send
 
     def shared_by(self, num_devices: int, resources: tuple[str, ...]) -> Bandwidths:

@@ -30,8 +30,8 @@ LOOPBACK = {"all_reduce": 1e9, "all_reduce_latency_s": 4e-4, "send": 1e9, "send_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What was measured: where, when (ISO 8601), and the rates. ``direct_io``: the disk was read past the
-    page cache."""
+    """What was measured: where, when (ISO 8601), and the rates. ``direct_io``: the disk was read
+    past the page cache."""
 
     machine: str
     folder: str
@@ -53,8 +53,8 @@ def calibrate(
 ) -> Calibration:
     """Bandwidths of this machine, from the cache unless ``refresh``; else measured in about 3 s.
 
-    ``folder`` is where weights would lie on NVMe; it must exist and be writable (PlanError if not). The
-    cache is ``cache_folder`` or ``$XDG_CACHE_HOME/giantserve`` or ``~/.cache/giantserve``.
+    ``folder`` is where weights would lie on NVMe; it must exist and be writable (PlanError if not).
+    The cache is ``cache_folder`` or ``$XDG_CACHE_HOME/giantserve`` or ``~/.cache/giantserve``.
     """
     path = _cache_path(cache_folder or default_cache_folder(), folder, device, dtype)
     if not refresh:
@@ -130,7 +130,8 @@ def _measure(folder: Path, device: str, dtype: str) -> Calibration:
 
 
 def _memory_rates(device: str) -> tuple[float, float]:
-    """(device memory read, host to device) in bytes/s. Without a GPU the link is a copy in memory."""
+    """(device memory read, host to device) in bytes/s. Without a GPU the link is a copy in
+    memory."""
     import torch
 
     on_cuda = device.startswith("cuda")
@@ -164,7 +165,8 @@ def _gemm_rates(device: str, dtype: str) -> tuple[GemmRate, ...]:
 
 
 def _time(action: Callable[[], Any], device: str) -> float:
-    """Seconds of one ``action``: the median of repeats within the time limit, after one to warm up."""
+    """Seconds of one ``action``: the median of repeats within the time limit, after one to warm
+    up."""
     import torch
 
     def once() -> float:

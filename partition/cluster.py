@@ -31,8 +31,8 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
-    """A machine. ``shared`` names the resources ("disk", "memory", "compute") whose rates are the node's
-    and are divided among the devices in use; other rates are each device's own."""
+    """A machine. ``shared`` names the resources ("disk", "memory", "compute") whose rates are the
+    node's and are divided among the devices in use; other rates are each device's own."""
 
     devices: tuple[DeviceSpec, ...]
     name: str = "node"
@@ -61,7 +61,8 @@ class ClusterSpec:
         return sum(len(node.devices) for node in self.nodes)
 
     def devices(self, count: int) -> tuple[DeviceSpec, ...]:
-        """The first ``count`` devices, each with its part of what its node shares among those in use."""
+        """The first ``count`` devices, each with its part of what its node shares among those in
+        use."""
         chosen: list[DeviceSpec] = []
         for node in self.nodes:
             used = node.devices[: count - len(chosen)]
@@ -97,8 +98,9 @@ class ClusterSpec:
         *,
         shared: tuple[str, ...] = ("disk", "memory", "compute"),
     ) -> ClusterSpec:
-        """One node of equal devices. ``budget`` is each device's; ``bandwidths`` are the machine's for what
-        is ``shared`` (by default everything, as on a machine whose devices are its own cores)."""
+        """One node of equal devices. ``budget`` is each device's; ``bandwidths`` are the machine's
+        for what is ``shared`` (by default everything, as on a machine whose devices are its own
+        cores)."""
         if num_devices < 1:
             raise PlanError(f"{num_devices} devices cannot hold a model; give at least 1")
         device = DeviceSpec(budget=budget, bandwidths=bandwidths)

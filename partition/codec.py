@@ -1,4 +1,5 @@
-"""Frozen dataclasses to and from plain JSON/YAML values, refusing whatever the types do not declare."""
+"""Frozen dataclasses to and from plain JSON/YAML values, refusing whatever the types do not
+declare."""
 
 from __future__ import annotations
 
@@ -29,9 +30,11 @@ def encode(value: Any) -> Any:
 
 
 def decode(cls: type[T], data: Any, where: str = "") -> T:
-    """Rebuild a ``cls`` from `encode`'s form. Sizes may be strings ("2GiB") in fields named ``*_bytes``.
+    """Rebuild a ``cls`` from `encode`'s form. Sizes may be strings ("2GiB") in fields named
+    ``*_bytes``.
 
-    Raises PlanError naming the key (as a path from ``where``) that is missing, unknown or of a wrong type.
+    Raises PlanError naming the key (as a path from ``where``) that is missing, unknown or of a
+    wrong type.
     """
     return typing.cast(T, _decode(cls, data, where))
 

@@ -1,6 +1,8 @@
-"""How long a pass takes on a stage: the largest of its overlapping terms, plus what does not overlap.
+"""How long a pass takes on a stage: the largest of its overlapping terms, plus what does not
+overlap.
 
-Loads and times are float64 arrays: 0-d for one stage, [layers + 1, layers + 1] for all stages at once.
+Loads and times are float64 arrays: 0-d for one stage, [layers + 1, layers + 1] for all stages at
+once.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ def page_rounded(num_bytes: int) -> int:
 def distinct_experts(num_experts: int, per_token: int, num_tokens: int) -> float:
     """Expected number of distinct experts that a pass routes to: E (1 - (1 - k/E)^n).
 
-    Each token takes k of E experts; with independent uniform routing an expert is missed by one token with
-    probability 1 - k/E (the occupancy bound used by MoE-Lightning and MoE-Lens).
+    Each token takes k of E experts; with independent uniform routing an expert is missed by one
+    token with probability 1 - k/E (the occupancy bound used by MoE-Lightning and MoE-Lens).
     """
     return float(num_experts * (1 - (1 - per_token / num_experts) ** num_tokens))
 
@@ -36,9 +38,9 @@ def distinct_experts(num_experts: int, per_token: int, num_tokens: int) -> float
 class Load:
     """What one rank of a stage holds and does.
 
-    ``dense_bytes`` and ``expert_bytes`` are weights read by compute; ``flops_per_token`` those of the
-    matrix products, ``attention_flops`` those of attention per token and position of its context;
-    ``kv_bytes_per_token`` the cache. ``stream_bytes`` (page-rounded) may live on any tier.
+    ``dense_bytes`` and ``expert_bytes`` are weights read by compute; ``flops_per_token`` those of
+    the matrix products, ``attention_flops`` those of attention per token and position of its
+    context; ``kv_bytes_per_token`` the cache. ``stream_bytes`` (page-rounded) may live on any tier.
     """
 
     dense_bytes: Array
@@ -66,7 +68,8 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassShape:
-    """The tokens of a pass and the cache they read: ``num_sequences`` times ``context`` positions."""
+    """The tokens of a pass and the cache they read: ``num_sequences`` times ``context``
+    positions."""
 
     num_tokens: int
     num_sequences: int
@@ -90,17 +93,18 @@ class CostModel:
         streamed_bytes: Array | float = 0.0,
         disk_bytes: Array | float = 0.0,
     ) -> dict[str, Array]:
-        """Seconds by term. ``streamed_bytes`` are all that is not resident, ``disk_bytes`` its part on NVMe.
+        """Seconds by term. ``streamed_bytes`` are all that is not resident, ``disk_bytes`` its part
+        on NVMe.
 
         The roofline (Williams et al., 2009) extended to tiers as in FlexGen (Sheng et al., 2023):
-        weights and KV over device memory, streamed weights over the host link, disk bytes over the disk,
-        and 2 FLOP per parameter and token plus 4 per head element and position for attention.
+        weights and KV over device memory, streamed weights over the host link, disk bytes over the
+        disk, and 2 FLOP per parameter and token plus 4 per head element and position for attention.
         """
         touched = load.dense_bytes + load.expert_bytes * self._expert_share(shape.num_tokens)
         kv = load.kv_bytes_per_token * (shape.num_sequences * shape.context)
         flops = shape.num_tokens * (load.flops_per_token + load.attention_flops * shape.context)
         hidden_bytes = shape.num_tokens * self.profile.hidden_size * self.activation_bytes
-        # a row-parallel product ends each layer's attention and MLP with an all-reduce (Megatron-LM)
+        # row-parallel products end each layer's attention and MLP with an all-reduce (Megatron-LM)
         collectives = 2 * load.num_layers * rates.all_reduce_s(hidden_bytes, self.tensor_parallel)
         if self.pipeline_parallel > 1:
             collectives = collectives + rates.send_s(hidden_bytes)
@@ -130,9 +134,11 @@ def pass_time(terms: dict[str, Array]) -> Array:
 
 
 def pipeline_cycle_s(stage_times: list[float], passes: int) -> float:
-    """Seconds between two tokens of a sequence with ``passes`` in flight (GPipe, Huang et al., 2019).
+    """Seconds between two tokens of a sequence with ``passes`` in flight (GPipe, Huang et al.,
+    2019).
 
-    A pass returns after all stages, but not before the slowest stage has served every pass in flight.
+    A pass returns after all stages, but not before the slowest stage has served every pass in
+    flight.
     """
     return max(sum(stage_times), passes * max(stage_times))
 

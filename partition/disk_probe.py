@@ -20,8 +20,8 @@ TIME_LIMIT_S = 0.8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskRates:
-    """Bytes/s. ``direct`` is False where the file system refuses O_DIRECT: then pages were dropped from
-    the cache before reading, and the rates include the copy through it."""
+    """Bytes/s. ``direct`` is False where the file system refuses O_DIRECT: then pages were dropped
+    from the cache before reading, and the rates include the copy through it."""
 
     read: float
     write: float
@@ -29,8 +29,8 @@ class DiskRates:
 
 
 def probe_disk(folder: Path) -> DiskRates:
-    """Measure ``folder``'s disk in at most about 2 s; the file is gone afterwards. Raises OSError where
-    ``folder`` cannot be written or is full."""
+    """Measure ``folder``'s disk in at most about 2 s; the file is gone afterwards. Raises OSError
+    where ``folder`` cannot be written or is full."""
     descriptor, name = tempfile.mkstemp(prefix=".giantserve-probe-", dir=folder)
     os.close(descriptor)
     try:
@@ -38,7 +38,9 @@ def probe_disk(folder: Path) -> DiskRates:
             room = os.statvfs(folder)
             size = min(FILE_BYTES, room.f_bavail * room.f_frsize // 4)
             count = max(1, size // REQUEST_BYTES)
-            written, write_s = _spread(count, lambda i, data: os.pwrite(file, data, i * REQUEST_BYTES))
+            written, write_s = _spread(
+                count, lambda i, data: os.pwrite(file, data, i * REQUEST_BYTES)
+            )
             start = time.perf_counter()
             os.fsync(file)
             write_s += time.perf_counter() - start
@@ -66,7 +68,8 @@ def _opened(name: str) -> Iterator[tuple[int, bool]]:
 
 
 def _spread(count: int, request: Callable[[int, mmap.mmap], int]) -> tuple[int, float]:
-    """Run requests 0, 1, ... on the threads, in order, until ``count`` or the time limit: (bytes, seconds).
+    """Run requests 0, 1, ... on the threads, in order, until ``count`` or the time limit: (bytes,
+    seconds).
 
     What is done is a prefix: a thread takes the next request only while there is time.
     """

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 
 class PlanError(ValueError):
-    """No plan exists for this model, cluster and constraints; the message names the nearest that does."""
+    """No plan exists for this model, cluster and constraints; the message names the nearest that
+    does."""
 
     status_code = 400
 
 
 class BudgetError(PlanError):
-    """The model does not fit. ``smallest`` maps "device_bytes", "host_bytes" and "nvme_bytes" to the least
-    budget per shard with which, the others unchanged, a plan exists; what cannot mend it is left out."""
+    """The model does not fit. ``smallest`` maps "device_bytes", "host_bytes" and "nvme_bytes" to
+    the least budget per shard with which, the others unchanged, a plan exists; what cannot mend it
+    is left out."""
 
     def __init__(self, message: str, smallest: dict[str, int]) -> None:
         super().__init__(message, smallest)

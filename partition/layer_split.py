@@ -11,9 +11,10 @@ Split = tuple[tuple[int, int], ...]
 def split_layers(stage_times: list[NDArray[np.float64]]) -> Split | None:
     """Cut layers into one run per table so that the slowest stage is fastest; None: no finite cut.
 
-    ``stage_times[s][first, end]`` is stage s's time for that run (inf: impossible). Among the cuts with
-    the least slowest stage, the one with the least sum of squares, so that the others are balanced.
-    The min-max recurrence is that of PipeDream (Narayanan et al., 2019), O(stages layers^2).
+    ``stage_times[s][first, end]`` is stage s's time for that run (inf: impossible). Among the cuts
+    with the least slowest stage, the one with the least sum of squares, so that the others are
+    balanced. The min-max recurrence is that of PipeDream (Narayanan et al., 2019), O(stages
+    layers^2).
     """
     num_layers = stage_times[0].shape[0] - 1
     best = stage_times[0][0]

@@ -11,24 +11,23 @@ from numpy.typing import NDArray
 
 from partition.cluster import DeviceSpec
 from partition.cost import (
-    PAGE_BYTES,
     CostModel,
     Load,
     PassShape,
-    page_rounded,
     pass_time,
 )
 from partition.layer_split import Split, split_layers
 from partition.sizing import Sizing
-from partition.stage_table import StageTable, may_stream
+from partition.stage_table import StageTable
 from partition.tier_choice import TierChoice, TierProblem, choose_tiers
 
 StageDevices = tuple[DeviceSpec, ...]
 
 
 class Room(NamedTuple):
-    """Bytes for weights on each tier of one rank, after KV, workspace and small units, and the largest
-    device room with which KV keeps to its share while weights stream. Arrays as in `Load`."""
+    """Bytes for weights on each tier of one rank, after KV, workspace and small units, and the
+    largest device room with which KV keeps to its share while weights stream. Arrays as in
+    `Load`."""
 
     device: NDArray[np.float64]
     host: NDArray[np.float64]
@@ -38,7 +37,8 @@ class Room(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """A split with the tiers of every shard (by stage, then rank) and the stages' decode pass times."""
+    """A split with the tiers of every shard (by stage, then rank) and the stages' decode pass
+    times."""
 
     split: Split
     choices: tuple[tuple[TierChoice, ...], ...]
@@ -46,8 +46,8 @@ class Solution:
 
 
 class LayoutSearch:
-    """Solves one (tensor parallel, pipeline parallel, sizing). ``tiers`` caches solved tier problems and is
-    shared between searches."""
+    """Solves one (tensor parallel, pipeline parallel, sizing). ``tiers`` caches solved tier
+    problems and is shared between searches."""
 
     def __init__(
         self,
@@ -69,24 +69,11 @@ class LayoutSearch:
         self.stage_devices: tuple[StageDevices, ...] = tuple(
             devices[i : i + world] for i in range(0, len(devices), world)
         )
-        whole = table.profile.stage_units(0, table.profile.num_layers)
-        self._two_largest = [
-            sum(
-                sorted(
-                    (
-                        page_rounded(table.unit_bytes(u, rank)) + PAGE_BYTES
-                        for u in whole
-                        if may_stream(u)
-                    ),
-                    reverse=True,
-                )[:2]
-            )
-            for rank in range(world)
-        ]
         self._bounds = {held: self._lower_bounds(held) for held in set(self.stage_devices)}
 
     def bound(self) -> float:
-        """A lower bound on the slowest stage's decode pass, in seconds; inf where nothing can fit."""
+        """A lower bound on the slowest stage's decode pass, in seconds; inf where nothing can
+        fit."""
         split = split_layers([self._bounds[held] for held in self.stage_devices])
         if split is None:
             return float("inf")
@@ -96,8 +83,8 @@ class LayoutSearch:
         )
 
     def solve(self) -> Solution | None:
-        """The optimum: split by lower bounds, price the chosen stages exactly, and repeat until the split
-        stands on exact prices alone. None: nothing fits."""
+        """The optimum: split by lower bounds, price the chosen stages exactly, and repeat until the
+        split stands on exact prices alone. None: nothing fits."""
         times = {held: bounds.copy() for held, bounds in self._bounds.items()}
         solved: dict[tuple[StageDevices, int], float] = {}
         groups = self._table.stage_groups
@@ -113,7 +100,7 @@ class LayoutSearch:
             if not open_stages:
                 break
             for (held, group), run in open_stages.items():
-                solved[held, group] = self._stage_time(held, run)
+                solved[held, group] = self.stage_time(held, run)
                 times[held][groups == group] = solved[held, group]
         choices = tuple(
             tuple(choice for choice in self._stage_choices(held, run) if choice is not None)
@@ -124,7 +111,8 @@ class LayoutSearch:
         )
         return Solution(split=split, choices=choices, stage_times=stage_times)
 
-    def _stage_time(self, held: StageDevices, run: tuple[int, int]) -> float:
+    def stage_time(self, held: StageDevices, run: tuple[int, int]) -> float:
+        """Seconds of a decode pass on the run [first, end); inf: it does not fit."""
         slowest = 0.0
         for rank, choice in enumerate(self._stage_choices(held, run)):
             if choice is None:
@@ -180,7 +168,7 @@ class LayoutSearch:
         kv = sizing.num_device_blocks * block_bytes
         within_share = np.asarray(kv >= 0)
         if sizing.kv_share is not None:
-            within_share = kv <= sizing.kv_share * (left - self._two_largest[rank])
+            within_share = kv <= sizing.kv_share * (left - self._table.longest_ring_bytes(rank))
         return Room(
             device=np.asarray(left - kv),
             host=np.asarray(budget.host_bytes - sizing.num_host_blocks * block_bytes),
@@ -189,8 +177,8 @@ class LayoutSearch:
         )
 
     def _lower_bounds(self, held: StageDevices) -> NDArray[np.float64]:
-        """[first, end]: no stage time is below these. Units are taken as divisible, the ring as two of the
-        smallest; a stage that fits its device is exact."""
+        """[first, end]: no stage time is below these. Units are taken as divisible, the ring as two
+        of the smallest; a stage that fits its device is exact."""
         bounds = np.zeros_like(self._table.loads[0].num_layers)
         for rank, device in enumerate(held):
             load = self._table.loads[rank]

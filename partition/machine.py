@@ -61,7 +61,8 @@ def available_memory_bytes(root: Path = Path("/")) -> int:
 
 
 def _cgroup_rooms(root: Path) -> list[int]:
-    """Limit minus use (page cache that can be dropped not counted) of every limited group above us."""
+    """Limit minus use (page cache that can be dropped not counted) of every limited group above
+    us."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

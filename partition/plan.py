@@ -59,7 +59,8 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
-    """A run of layers [first_layer, end_layer) and the shards that hold it, by tensor-parallel rank."""
+    """A run of layers [first_layer, end_layer) and the shards that hold it, by tensor-parallel
+    rank."""
 
     index: int
     first_layer: int
@@ -71,8 +72,8 @@ class StagePlan:
 class Forecast:
     """What the planner says a pass will cost. Times in seconds, for the planned batch.
 
-    ``terms_s`` maps each bound ("device memory", "host link", "disk", "compute", "collectives") to its time
-    in a decode pass of the slowest stage; ``binds`` names the largest.
+    ``terms_s`` maps each bound ("device memory", "host link", "disk", "compute", "collectives") to
+    its time in a decode pass of the slowest stage; ``binds`` names the largest.
     """
 
     decode_pass_s: float
@@ -109,10 +110,12 @@ class PartitionPlan:
         return tuple(shard for stage in self.stages for shard in stage.shards)
 
     def validate(self) -> None:
-        """Raise PlanError naming the first thing that does not hold: counts, ranks, stages, budgets."""
+        """Raise PlanError naming the first thing that does not hold: counts, ranks, stages,
+        budgets."""
         if self.version != PLAN_VERSION:
             raise PlanError(
-                f"the plan has version {self.version}, this program reads {PLAN_VERSION}; plan again"
+                f"the plan has version {self.version}, this program reads {PLAN_VERSION}; "
+                "plan again"
             )
         self._validate_counts()
         _require(len(self.stages) == self.pipeline_parallel, "pipeline_parallel", len(self.stages))
@@ -150,8 +153,8 @@ class PartitionPlan:
             raise PlanError(f"num_host_blocks is {self.num_host_blocks}; it must be 0 or more")
         if self.max_model_len > self.num_device_blocks * self.block_size:
             raise PlanError(
-                f"max_model_len is {self.max_model_len}, but {self.num_device_blocks} device blocks "
-                f"hold {self.num_device_blocks * self.block_size} tokens"
+                f"max_model_len is {self.max_model_len}, but {self.num_device_blocks} device "
+                f"blocks hold {self.num_device_blocks * self.block_size} tokens"
             )
 
     def to_json(self) -> str:
@@ -160,7 +163,8 @@ class PartitionPlan:
 
     @classmethod
     def from_json(cls, text: str) -> PartitionPlan:
-        """Read and validate a plan. Raises PlanError naming the key that is unknown, missing or wrong."""
+        """Read and validate a plan. Raises PlanError naming the key that is unknown, missing or
+        wrong."""
         try:
             data = json.loads(text)
         except ValueError as error:
@@ -198,6 +202,6 @@ def _validate_shard(shard: ShardPlan) -> None:
     for tier in Tier:
         if shard.used_bytes(tier) > shard.budget.of(tier):
             raise PlanError(
-                f"{where} uses {shard.used_bytes(tier)} bytes of {tier.value}, more than its budget "
-                f"of {shard.budget.of(tier)}"
+                f"{where} uses {shard.used_bytes(tier)} bytes of {tier.value}, more than its "
+                f"budget of {shard.budget.of(tier)}"
             )

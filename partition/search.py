@@ -31,8 +31,8 @@ def plan(
 ) -> PartitionPlan:
     """The best plan under the cost model. ``model`` is the name or path that the plan carries.
 
-    Raises BudgetError naming the smallest budgets that would fit, and PlanError where the constraints
-    contradict the model.
+    Raises BudgetError naming the smallest budgets that would fit, and PlanError where the
+    constraints contradict the model.
     """
     search = Search(
         profile, cluster, workload or Workload(), objective, constraints or Constraints()
@@ -72,7 +72,8 @@ class _Candidate:
 
 
 class Search:
-    """One planning problem. Holds the stage tables and solved tier problems that its candidates share."""
+    """One planning problem. Holds the stage tables and solved tier problems that its candidates
+    share."""
 
     def __init__(
         self,
@@ -99,8 +100,8 @@ class Search:
         return other
 
     def ranked(self, model: str, count: int) -> tuple[PartitionPlan, ...]:
-        """The best plans of the ``count`` best layouts. Candidates are priced exactly from the best lower
-        bound on, until the bounds of the rest cannot enter."""
+        """The best plans of the ``count`` best layouts. Candidates are priced exactly from the best
+        lower bound on, until the bounds of the rest cannot enter."""
         for candidates in (self._candidates(), self._least_candidates()):
             found: dict[tuple[int, int], tuple[Score, PartitionPlan]] = {}
             for candidate in sorted(candidates, key=lambda c: c.bound, reverse=True):
@@ -139,8 +140,9 @@ class Search:
         tensor, pipeline = fixed.tensor_parallel or 1, fixed.pipeline_parallel or 1
         if tensor * pipeline > self._cluster.num_devices:
             raise PlanError(
-                f"tensor_parallel {tensor} x pipeline_parallel {pipeline} needs {tensor * pipeline} "
-                f"devices, but the cluster has {self._cluster.num_devices}; lower one or add devices"
+                f"tensor_parallel {tensor} x pipeline_parallel {pipeline} needs "
+                f"{tensor * pipeline} devices, but the cluster has {self._cluster.num_devices}; "
+                "lower one or add devices"
             )
 
     def _table(self, tensor: int) -> StageTable:

@@ -21,8 +21,9 @@ LEAST_MODEL_LEN = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizing:
-    """Token and block counts common to all shards. ``kv_share`` is the part of the device budget left after
-    workspace and ring that KV may take while weights stream; None: as much as the blocks need."""
+    """Token and block counts common to all shards. ``kv_share`` is the part of the device budget
+    left after workspace and ring that KV may take while weights stream; None: as much as the blocks
+    need."""
 
     num_device_blocks: int
     num_host_blocks: int
@@ -36,8 +37,9 @@ class Sizing:
 def workspace_bytes(
     profile: ModelProfile, width: int, num_tokens: int, num_sampled_rows: int
 ) -> int:
-    """Activations of a pass: residual, norm and attention inputs and outputs, a unit's widest products
-    (``width`` elements a token), and the sampled rows' logits with their fp32 copy and probabilities."""
+    """Activations of a pass: residual, norm and attention inputs and outputs, a unit's widest
+    products (``width`` elements a token), and the sampled rows' logits with their fp32 copy and
+    probabilities."""
     element = DTYPE_BYTES[profile.dtype]
     per_token = (6 * profile.hidden_size + width) * element
     return num_tokens * per_token + num_sampled_rows * profile.vocab_size * (element + 8)
@@ -51,7 +53,8 @@ def sizings(
     workload: Workload,
     constraints: Constraints,
 ) -> Iterator[Sizing]:
-    """The sizings worth trying, most KV first: the workload's need, then halved down to the least."""
+    """The sizings worth trying, most KV first: the workload's need, then halved down to the
+    least."""
     least = least_sizing(profile, width, workload, constraints)
     device_bytes = min(device.budget.device_bytes for device in devices)
     host_bytes = min(device.budget.host_bytes for device in devices)

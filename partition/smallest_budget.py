@@ -1,4 +1,5 @@
-"""The smallest budget with which a model that does not fit would: found by bisection, so it is true."""
+"""The smallest budget with which a model that does not fit would: found by bisection, so it is
+true."""
 
 from __future__ import annotations
 
@@ -21,13 +22,17 @@ _NAMES = {
 def budget_refusal(
     profile: ModelProfile, cluster: ClusterSpec, fits: Callable[[ClusterSpec], bool]
 ) -> BudgetError:
-    """The error to raise when ``cluster`` does not fit: each tier's smallest mending budget per shard."""
+    """The error to raise when ``cluster`` does not fit: each tier's smallest mending budget."""
     budgets = [device.budget for node in cluster.nodes for device in node.devices]
     smallest: dict[str, int] = {}
     mends: list[str] = []
     for field, name in _NAMES.items():
         now = min(getattr(budget, field) for budget in budgets)
-        found = _bisect(profile, now, lambda size, f=field: fits(cluster.with_floor(**{f: size})))  # type: ignore[misc]
+
+        def holds(size: int, field: str = field) -> bool:
+            return fits(cluster.with_floor(**{field: size}))
+
+        found = _bisect(profile, now, holds)
         if found is not None:
             smallest[field] = found
             mends.append(
@@ -48,7 +53,8 @@ def budget_refusal(
 
 
 def _bisect(profile: ModelProfile, now: int, fits: Callable[[int], bool]) -> int | None:
-    """The least size, in whole steps (pages, or MiB where it is large), for which ``fits`` holds."""
+    """The least size, in whole steps (pages, or MiB where it is large), for which ``fits``
+    holds."""
     high = max(now, 4 * PAGE_BYTES)
     limit = 16 * (profile.num_bytes + now) + (64 << 30)
     while not fits(high):

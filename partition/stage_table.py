@@ -1,4 +1,5 @@
-"""What every possible stage of a model holds, for one tensor-parallel degree: all ranges of layers at once."""
+"""What every possible stage of a model holds, for one tensor-parallel degree: all ranges of layers
+at once."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from partition.cost import Load, page_rounded, unit_row
 from partition.profile import ModelProfile, Unit, UnitKind
 from partition.sharding import ParameterSpec
+from partition.tier_choice import ring_bytes
 
 
 class StageTable:
@@ -49,7 +51,7 @@ class StageTable:
         total: Counter[str] = Counter()
         for unit in units:
             for name, value in self._row(unit, rank).items():
-                total[name] += value
+                total[name] += value  # type: ignore[assignment]
         return total
 
     def _load(self, rank: int) -> Load:
@@ -72,7 +74,7 @@ class StageTable:
             total.update(
                 {
                     "num_layers": 1,
-                    "kv_bytes_per_token": spec.elements_per_token * element,  # type: ignore[dict-item]
+                    "kv_bytes_per_token": spec.elements_per_token * element,
                     "attention_flops": 2 * query * (spec.key_dim + spec.value_dim),
                 }
             )
@@ -133,9 +135,24 @@ class StageTable:
         )
         return tuple(sorted(sizes.items(), reverse=True))
 
+    def longest_ring_bytes(self, rank: int) -> int:
+        """The ring that a rank needs if its largest units stream."""
+        return self._longest_rings[rank]
+
+    @cached_property
+    def _longest_rings(self) -> list[int]:
+        whole = self.profile.stage_units(0, self.profile.num_layers)
+        return [
+            ring_bytes(
+                [size for size, count in self.stream_classes(whole, rank) for _ in range(count)]
+            )
+            for rank in range(self.tensor_parallel)
+        ]
+
     @cached_property
     def width(self) -> int:
-        """The most elements per token that go into and come out of one unit's products, on any rank."""
+        """The most elements per token that go into and come out of one unit's products, on any
+        rank."""
         distinct = {
             tuple((s.shape, s.rule, s.num_experts) for s in unit.parameters): unit
             for unit in self.profile.units
@@ -149,7 +166,8 @@ class StageTable:
         return max(widths, default=0)
 
     def _side(self, spec: ParameterSpec, rank: int) -> int:
-        """The larger side of a rank's matrix (of the routed experts' matrices): it goes in or comes out."""
+        """The larger side of a rank's matrix (of the routed experts' matrices): it goes in or comes
+        out."""
         if len(spec.shape) < 2:
             return 0
         shape = spec.local_shape(self.profile.heads, rank, self.tensor_parallel)

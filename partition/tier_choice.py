@@ -1,4 +1,5 @@
-"""Which units of one shard lie on which tier: an exact integer program over classes of equal units."""
+"""Which units of one shard lie on which tier: an exact integer program over classes of equal
+units."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ RING_DEPTH = 2
 """The least number of streamed units the ring holds at once: the one in use and the next."""
 
 TIE_BREAK = 1e-6
-"""What keeping every byte on faster tiers may cost in time, as a share of reading the largest unit."""
+"""What keeping every byte on faster tiers may cost in time, as a share of reading the largest
+unit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,8 @@ class TierProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierChoice:
-    """Units of each class by tier, the embedding's tier (None: no embedding), and the ring they need."""
+    """Units of each class by tier, the embedding's tier (None: no embedding), and the ring they
+    need."""
 
     resident: tuple[int, ...]
     on_host: tuple[int, ...]
@@ -58,10 +61,11 @@ def ring_bytes(streamed: list[int], depth: int = RING_DEPTH) -> int:
 
 
 def choose_tiers(problem: TierProblem) -> TierChoice | None:
-    """The tiers with the least ``max(floor, streamed / link, disk bytes / disk)``; None: nothing fits.
+    """The tiers with the least ``max(floor, streamed / link, disk bytes / disk)``; None: nothing
+    fits.
 
-    Ties go to the faster tiers. Pinning is optimal because a pass is a cyclic scan: every byte that is not
-    resident moves once a pass, whichever it is.
+    Ties go to the faster tiers. Pinning is optimal because a pass is a cyclic scan: every byte that
+    is not resident moves once a pass, whichever it is.
     """
     if min(problem.device_bytes, problem.host_bytes, problem.nvme_bytes) < 0:
         return None
@@ -147,9 +151,9 @@ def _solve(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """Counts on device, host and NVMe from HiGHS; capacities are lowered by the share ``shrink``.
 
-    Per class: d resident and h on the host (the rest on NVMe), y whether any streams, w whether two do. Then
-    e_d and e_h for the embedding, the ring r and the time t. The ring is at least every pair of streamed
-    sizes, so it is the two largest.
+    Per class: d resident and h on the host (the rest on NVMe), y whether any streams, w whether two
+    do. Then e_d and e_h for the embedding, the ring r and the time t. The ring is at least every
+    pair of streamed sizes, so it is the two largest.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcache.tier import Tier
+from partition.tier_choice import TierProblem, choose_tiers, ring_bytes
+
+PAGE = 4096
+LINK, DISK = 4e6, 1e6
+
+
+def time_of(problem: TierProblem, streamed: int, on_disk: int) -> float:
+    return max(problem.floor_s, streamed / problem.host_link, on_disk / problem.disk)
+
+
+def brute_force(problem: TierProblem) -> float | None:
+    """The least time over every assignment of every unit (and the embedding) to every tier."""
+    sizes = [size for size, count in problem.classes for _ in range(count)]
+    best: float | None = None
+    for tiers in product(Tier, repeat=len(sizes) + bool(problem.embedding)):
+        used = dict.fromkeys(Tier, 0)
+        for size, tier in zip(sizes, tiers, strict=False):
+            used[tier] += size
+        streamed = [s for s, t in zip(sizes, tiers, strict=False) if t is not Tier.DEVICE]
+        on_disk = used[Tier.NVME]
+        used[Tier.DEVICE] += ring_bytes(streamed)
+        if problem.embedding:
+            used[tiers[-1]] += problem.embedding
+        if (
+            used[Tier.DEVICE] <= problem.device_bytes
+            and used[Tier.HOST] <= problem.host_bytes
+            and used[Tier.NVME] <= problem.nvme_bytes
+        ):
+            seconds = time_of(problem, sum(streamed), on_disk)
+            best = seconds if best is None else min(best, seconds)
+    return best
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> TierProblem:
+    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=3, unique=True))
+    classes = tuple((size * PAGE, draw(st.integers(1, 2))) for size in sizes)
+    total = sum(size * count for size, count in classes) // PAGE
+    room = st.integers(0, total + 10).map(lambda pages: pages * PAGE)
+    return TierProblem(
+        classes=classes,
+        embedding=draw(st.integers(0, 20)) * PAGE,
+        device_bytes=draw(room),
+        host_bytes=draw(room),
+        nvme_bytes=draw(room),
+        floor_s=draw(st.sampled_from([0.0, 0.05])),
+        host_link=LINK,
+        disk=DISK,
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_is_as_fast_as_the_best_of_all_assignments(problem: TierProblem) -> None:
+    best = brute_force(problem)
+    choice = choose_tiers(problem)
+    assert (choice is None) == (best is None)
+    if choice is None or best is None:
+        return
+    assert time_of(problem, choice.streamed_bytes, choice.disk_bytes) == pytest.approx(
+        best, rel=1e-4, abs=1e-9
+    )
+    held = {tier: problem.embedding if choice.embedding is tier else 0 for tier in Tier}
+    for (size, count), d, h, n in zip(
+        problem.classes, choice.resident, choice.on_host, choice.on_nvme, strict=True
+    ):
+        assert d + h + n == count
+        assert min(d, h, n) >= 0
+        for tier, units in zip(Tier, (d, h, n), strict=True):
+            held[tier] += size * units
+    assert held[Tier.DEVICE] + choice.ring_bytes + choice.free_device_bytes == problem.device_bytes
+    assert choice.free_device_bytes >= 0
+    assert held[Tier.HOST] <= problem.host_bytes
+    assert held[Tier.NVME] <= problem.nvme_bytes == max(held[Tier.NVME], problem.nvme_bytes)
+
+
+def test_pins_all_that_fits_beside_the_ring() -> None:
+    choice = choose_tiers(
+        TierProblem(
+            classes=((10 * PAGE, 10),),
+            embedding=6 * PAGE,
+            device_bytes=52 * PAGE,  # a ring of 2 x 11 pages and 3 units
+            host_bytes=27 * PAGE,  # 2 units and the embedding
+            nvme_bytes=1000 * PAGE,
+            floor_s=0.0,
+            host_link=LINK,
+            disk=DISK,
+        )
+    )
+    assert choice is not None
+    assert (choice.resident, choice.on_host, choice.on_nvme) == ((3,), (2,), (5,))
+    assert choice.embedding is Tier.HOST
+    assert choice.ring_bytes == 22 * PAGE
+    assert (choice.streamed_bytes, choice.disk_bytes) == (70 * PAGE, 50 * PAGE)
+
+
+def test_pins_the_odd_large_unit_to_keep_the_ring_small() -> None:
+    choice = choose_tiers(
+        TierProblem(
+            classes=((30 * PAGE, 1), (10 * PAGE, 6)),
+            embedding=0,
+            device_bytes=62 * PAGE,
+            host_bytes=0,
+            nvme_bytes=1000 * PAGE,
+            floor_s=0.0,
+            host_link=LINK,
+            disk=DISK,
+        )
+    )
+    assert choice is not None
+    assert choice.resident == (1, 1)
+    assert choice.disk_bytes == 50 * PAGE
