@@ -6,17 +6,7 @@ from dataclasses import dataclass
 
 from giantserve.outputs import PositionLogprobs
 from giantserve.sampling_params import SamplingParams
-from kvcache.tier import Tier
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockCopy:
-    """Copy one KV block between tiers, on every shard, before the pass computes. Copies run in order."""
-
-    source: Tier
-    source_id: int
-    target: Tier
-    target_id: int
+from kvcache.block_copy import BlockCopy as BlockCopy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,376 @@
+"""Decides what every pass computes: continuous batching over a block pool of two tiers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from giantserve.errors import ConfigError, InvalidRequestError, QueueFullError
+from giantserve.request import Request, RequestStatus
+from giantserve.request_queue import RequestQueue
+from giantserve.scheduler_config import SchedulerConfig as SchedulerConfig
+from giantserve.step import NewSequence, SequenceChunk, StepPlan
+from kvcache.block_pool import BlockPool, CachedBlock
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A step plan in the making."""
+
+    step_id: int
+    num_tokens_left: int
+    chunks: list[SequenceChunk] = field(default_factory=list)
+    new: list[NewSequence] = field(default_factory=list)
+    filled: list[tuple[Request, int, int]] = field(default_factory=list)
+    preempted: bool = False
+
+
+class Scheduler:
+    """Plans passes for the requests it was given; the pool is its own from then on.
+
+    Within a pass: decodes first (the one scheduled longest ago first), then prompts under way, then
+    admissions in the order of `Request.rank`, which nobody overtakes. A request is admitted when
+    the blocks for all its known tokens are free, so only decodes grow, one block at a time. When
+    none is free, the last-ranked request behind the one that grows, and with no pass in flight, is
+    preempted: its KV moves to host blocks, or is dropped and recomputed where the host is full.
+
+    It always gets on: with nothing in flight the first-ranked running request may preempt all
+    others, and with none running the whole device is free; `add` refuses what does not fit there
+    alone.
+
+    The caller hands every plan to the shards in order, and every result to `on_result`. Not
+    thread-safe.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, pool: BlockPool, clock: Callable[[], float]
+    ) -> None:
+        if config.block_size != pool.block_size:
+            raise ConfigError(
+                f"block_size is {config.block_size}, but the pool's blocks hold {pool.block_size} "
+                "tokens; give both the same"
+            )
+        self._config = config
+        self._pool = pool
+        self._clock = clock
+        self._requests: dict[int, Request] = {}
+        self._waiting = RequestQueue()
+        self._running = RequestQueue()
+        self._in_flight: dict[int, StepPlan] = {}
+        self._finished: list[int] = []
+        self._next_step_id = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold device blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Passes planned and not answered yet."""
+        return len(self._in_flight)
+
+    def has_work(self) -> bool:
+        """Whether a request is open, or the shards still keep state of one that ended."""
+        return bool(self._requests or self._finished)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises QueueFullError where ``max_queued_requests`` wait already, InvalidRequestError for a
+        prompt that leaves no room for a token or a request whose KV could outgrow the device.
+        """
+        assert request.seq_id not in self._requests, f"sequence {request.seq_id} exists"
+        self._check_length(request)
+        if len(self._waiting) >= self._config.max_queued_requests:
+            raise QueueFullError(
+                f"{len(self._waiting)} sequences wait already, the limit is "
+                f"{self._config.max_queued_requests}; retry later"
+            )
+        self._requests[request.seq_id] = request
+        self._waiting.add(request)
+
+    def abort(self, seq_id: int) -> None:
+        """Drop a request; results still to come for it are ignored. Unknown ids are, too."""
+        self._end(seq_id, RequestStatus.ABORTED)
+
+    def finish(self, seq_id: int) -> None:
+        """End a request that has all its tokens and free its blocks. Unknown ids are ignored."""
+        self._end(seq_id, RequestStatus.FINISHED)
+
+    def expired(self) -> tuple[Request, ...]:
+        """Requests never admitted whose deadline has passed; they wait on until aborted."""
+        now = self._clock()
+        return tuple(
+            request
+            for request in self._waiting
+            if request.deadline is not None and request.deadline <= now and not request.on_shards
+        )
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next pass; None when there is nothing to do before a result comes or a request
+        is added.
+
+        A plan without chunks only tells idle shards what to drop; it is answered like any other.
+        """
+        if len(self._in_flight) >= self._config.max_passes_in_flight:
+            return None
+        draft = _Draft(self._next_step_id, self._config.max_num_batched_tokens)
+        self._add_decodes(draft)
+        self._add_prompts(draft)
+        if not draft.preempted:
+            self._admit(draft)
+        if not draft.chunks and (self._in_flight or not self._finished):
+            return None
+        self._cache_filled(draft)
+        plan = StepPlan(
+            step_id=draft.step_id,
+            chunks=tuple(draft.chunks),
+            new=tuple(draft.new),
+            copies=self._pool.take_copies(),
+            finished=tuple(self._finished),
+        )
+        self._finished.clear()
+        self._next_step_id += 1
+        self._in_flight[plan.step_id] = plan
+        return plan
+
+    def on_result(self, step_id: int, sampled: Mapping[int, int]) -> StepPlan:
+        """Record that a pass is done: ``sampled`` maps sequence to token for its sampling chunks.
+
+        Tokens of requests that ended meanwhile are ignored. Returns the plan answered. Raises
+        ValueError for a step not in flight and for a live sequence whose token is missing.
+        """
+        plan = self._in_flight.pop(step_id, None)
+        if plan is None:
+            raise ValueError(f"step {step_id} is not in flight; in flight are {[*self._in_flight]}")
+        for chunk in plan.chunks:
+            request = self._requests.get(chunk.seq_id)
+            if request is None:
+                continue
+            request.num_passes_in_flight -= 1
+            if chunk.sample:
+                if chunk.seq_id not in sampled:
+                    raise ValueError(f"step {step_id} brought no token for sequence {chunk.seq_id}")
+                request.output_token_ids.append(sampled[chunk.seq_id])
+        return plan
+
+    def check_integrity(self) -> None:
+        """Assert that queues, statuses, blocks and passes in flight agree, and so does the pool."""
+        running, waiting = list(self._running), list(self._waiting)
+        assert {r.seq_id for r in running} | {r.seq_id for r in waiting} == set(self._requests)
+        assert len(running) + len(waiting) == len(self._requests), "a request is queued twice"
+        assert len(running) <= self._config.max_num_seqs
+        for request in running:
+            assert request.status is RequestStatus.RUNNING
+            assert 0 <= request.num_computed_tokens <= request.num_tokens
+            assert len(request.block_ids) >= self._pool.num_blocks_for(request.num_computed_tokens)
+            assert not request.host_block_ids
+        for request in waiting:
+            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED_ON_HOST)
+            assert not request.block_ids
+            held = len(request.host_block_ids)
+            assert held == self._pool.num_blocks_for(request.num_computed_tokens)
+        in_flight = Counter(c.seq_id for plan in self._in_flight.values() for c in plan.chunks)
+        for request in self._requests.values():
+            assert request.num_passes_in_flight == in_flight[request.seq_id]
+        self._pool.check_integrity(
+            Counter(block_id for r in running for block_id in r.block_ids),
+            Counter(block_id for r in waiting for block_id in r.host_block_ids),
+        )
+
+    def _check_length(self, request: Request) -> None:
+        config = self._config
+        length = len(request.prompt_token_ids)
+        if length < 1:
+            raise InvalidRequestError("the prompt is empty; give at least one token")
+        if length + 1 > config.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {length} tokens, but the context holds {config.max_model_len}, "
+                "at least one of them for the output; shorten the prompt"
+            )
+        needed = (
+            request.max_num_tokens(config.max_model_len) - 1
+        )  # the last token is never fed back
+        limit = self._pool.num_device_blocks * self._pool.block_size
+        if needed > limit:
+            raise InvalidRequestError(
+                f"prompt and max_tokens need the KV of {needed} tokens, but the device holds "
+                f"{limit}; shorten the prompt, lower max_tokens or give the KV cache more device memory"
+            )
+
+    def _add_decodes(self, draft: _Draft) -> None:
+        """One token of each sequence that has its last one, dealt evenly over the passes."""
+        limit = -(-len(self._running) // self._config.max_passes_in_flight)
+        ready = [request for request in self._running if request.num_tokens_to_compute == 1]
+        ready.sort(key=lambda request: request.last_step_id)
+        for request in ready:
+            if draft.num_tokens_left == 0 or len(draft.chunks) == limit:
+                return
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted for one before it
+            new_block_ids = self._grow(request, draft)
+            if new_block_ids is not None:
+                self._add_chunk(request, draft, new_block_ids)
+
+    def _add_prompts(self, draft: _Draft) -> None:
+        """The next tokens of prompts under way."""
+        for request in self._running:
+            if draft.num_tokens_left == 0:
+                return
+            if request.num_tokens_to_compute > 1:
+                self._add_chunk(request, draft)
+
+    def _admit(self, draft: _Draft) -> None:
+        """Start or resume waiting requests in order, until one does not fit."""
+        config = self._config
+        expected = min(config.max_num_seqs, len(self._running) + len(self._waiting))
+        limit = -(-expected // config.max_passes_in_flight)
+        while (
+            len(self._waiting)
+            and len(self._running) < config.max_num_seqs
+            and len(draft.chunks) < limit
+            and draft.num_tokens_left > 0
+        ):
+            request = self._waiting.head
+            block_ids = self._place(request)
+            if block_ids is None:
+                return
+            self._waiting.remove(request)
+            self._running.add(request)
+            request.status = RequestStatus.RUNNING
+            request.block_ids = block_ids
+            request.host_block_ids = []
+            request.on_shards = True
+            draft.new.append(
+                NewSequence(
+                    seq_id=request.seq_id,
+                    prompt_token_ids=request.prompt_token_ids,
+                    output_token_ids=tuple(request.output_token_ids),
+                    block_ids=tuple(block_ids),
+                    sampling=request.sampling,
+                    seed=request.seed,
+                )
+            )
+            self._add_chunk(request, draft)
+
+    def _place(self, request: Request) -> list[int] | None:
+        """Device blocks for all known tokens of a waiting request, holding what KV there is."""
+        num_blocks = self._pool.num_blocks_for(request.num_tokens)
+        if request.status is RequestStatus.PREEMPTED_ON_HOST:
+            host_ids = request.host_block_ids
+            return self._pool.swap_in(host_ids, num_blocks - len(host_ids))
+        prefix = self._match(request)
+        block_ids = self._pool.allocate(num_blocks - len(prefix), prefix)
+        if block_ids is not None:
+            request.num_computed_tokens = len(prefix) * self._pool.block_size
+            if not request.on_shards:
+                request.num_cached_tokens = request.num_computed_tokens
+        return block_ids
+
+    def _match(self, request: Request) -> tuple[CachedBlock, ...]:
+        """Cached KV of a prefix that leaves at least the last known token to compute."""
+        wants_prompt = request.sampling.prompt_logprobs is not None and not request.output_token_ids
+        if wants_prompt or not self._pool.enable_prefix_caching:
+            return ()
+        block_size = self._pool.block_size
+        num_full = (request.num_tokens - 1) // block_size
+        return self._pool.match_prefix(request.block_hashes(num_full, block_size))
+
+    def _grow(self, request: Request, draft: _Draft) -> tuple[int, ...] | None:
+        """The block that one more token needs, or (); None where it must wait for others."""
+        if self._pool.num_blocks_for(request.num_tokens) == len(request.block_ids):
+            return ()
+        while (block_ids := self._pool.allocate(1)) is None:
+            victim = self._victim_behind(request)
+            if victim is None:
+                return None
+            self._preempt(victim)
+            draft.preempted = True
+        request.block_ids.extend(block_ids)
+        return tuple(block_ids)
+
+    def _victim_behind(self, request: Request) -> Request | None:
+        for candidate in reversed(self._running):
+            if candidate is request:
+                return None
+            if candidate.num_passes_in_flight == 0:
+                return candidate
+        raise AssertionError(f"sequence {request.seq_id} is not running")
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's device blocks away; its KV goes to the host if that has room."""
+        num_computed = self._pool.num_blocks_for(request.num_computed_tokens)
+        computed, rest = request.block_ids[:num_computed], request.block_ids[num_computed:]
+        self._pool.free(rest)
+        host_ids = self._pool.swap_out(computed)
+        if host_ids is None:
+            self._pool.free(computed)
+            request.num_computed_tokens = 0
+            request.status = RequestStatus.WAITING
+        else:
+            request.host_block_ids = host_ids
+            request.status = RequestStatus.PREEMPTED_ON_HOST
+        request.block_ids = []
+        self._running.remove(request)
+        self._waiting.add(request)
+        self.num_preemptions += 1
+
+    def _add_chunk(
+        self, request: Request, draft: _Draft, new_block_ids: tuple[int, ...] = ()
+    ) -> None:
+        """As many of a running request's tokens as the pass has room for."""
+        assert request.num_tokens < request.max_num_tokens(self._config.max_model_len), (
+            f"sequence {request.seq_id} is at its end but was not finished"
+        )
+        start = request.num_computed_tokens
+        stop = start + min(request.num_tokens_to_compute, draft.num_tokens_left)
+        sample = stop == request.num_tokens
+        barred = sample and len(request.output_token_ids) < request.sampling.min_tokens
+        draft.chunks.append(
+            SequenceChunk(
+                seq_id=request.seq_id,
+                start=start,
+                token_ids=request.tokens(start, stop),
+                new_block_ids=new_block_ids,
+                sample=sample,
+                banned_token_ids=request.end_token_ids if barred else (),
+            )
+        )
+        draft.filled.append((request, start, stop))
+        draft.num_tokens_left -= stop - start
+        request.num_computed_tokens = stop
+        request.num_passes_in_flight += 1
+        request.last_step_id = draft.step_id
+
+    def _cache_filled(self, draft: _Draft) -> None:
+        """Make the blocks that this pass fills findable: by later passes, not by this one."""
+        block_size = self._pool.block_size
+        for request, start, stop in draft.filled if self._pool.enable_prefix_caching else ():
+            first, end = start // block_size, stop // block_size
+            if first < end:
+                hashes = request.block_hashes(end, block_size)
+                self._pool.cache_full_blocks(request.block_ids[first:end], hashes[first:])
+
+    def _end(self, seq_id: int, status: RequestStatus) -> None:
+        request = self._requests.pop(seq_id, None)
+        if request is None:
+            return
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+            self._pool.free(request.block_ids)
+            request.block_ids = []
+        else:
+            self._waiting.remove(request)
+            self._pool.free_host(request.host_block_ids)
+            request.host_block_ids = []
+        if request.on_shards:
+            self._finished.append(seq_id)
+        request.status = status

@@ -1,0 +1,108 @@
+"""The KV blocks of one tier: who holds them, what they contain, which may be reused next."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+
+
+class TierBlocks:
+    """Ref-counted blocks 0 to ``num_blocks - 1`` with a map from content hash to block.
+
+    A block is *held* (reference count above 0), *blank* (free, its content worthless) or *idle*
+    (free, its hashed content still findable until the block is taken). At most one block carries a
+    hash.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._references = [0] * num_blocks
+        self._hashes: list[bytes | None] = [None] * num_blocks
+        self._by_hash: dict[bytes, int] = {}
+        self._blank = deque(range(num_blocks))
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `take` can still give: blank and idle ones."""
+        return len(self._blank) + len(self._idle)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks whose content can be found by its hash, held or idle."""
+        return len(self._by_hash)
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The block with that content."""
+        return self._by_hash.get(block_hash)
+
+    def hash_of(self, block_id: int) -> bytes | None:
+        return self._hashes[block_id]
+
+    def is_idle(self, block_id: int) -> bool:
+        return block_id in self._idle
+
+    def take(self) -> tuple[int, bytes | None]:
+        """Hold one free block for new content: a blank one, else the least recently used idle one.
+
+        Returns the block and the hash of the content that it loses. Raises IndexError when none is
+        free.
+        """
+        if self._blank:
+            block_id, lost = self._blank.popleft(), None
+        elif self._idle:
+            block_id, _ = self._idle.popitem(last=False)
+            lost, self._hashes[block_id] = self._hashes[block_id], None
+            assert lost is not None
+            del self._by_hash[lost]
+        else:
+            raise IndexError(f"all {self.num_blocks} blocks are held")
+        self._references[block_id] = 1
+        return block_id, lost
+
+    def hold(self, block_id: int) -> None:
+        """One more holder of a block that is held or idle."""
+        if self._references[block_id] == 0:
+            del self._idle[block_id]
+        self._references[block_id] += 1
+
+    def release(self, block_id: int) -> None:
+        """One holder less; the last one leaves the block idle (most recently used) or blank."""
+        assert self._references[block_id] > 0, f"block {block_id} is freed twice"
+        self._references[block_id] -= 1
+        if self._references[block_id] == 0:
+            if self._hashes[block_id] is None:
+                self._blank.append(block_id)
+            else:
+                self._idle[block_id] = None
+
+    def touch(self, block_id: int) -> None:
+        """Make a block the most recently used, if it is idle."""
+        if block_id in self._idle:
+            self._idle.move_to_end(block_id)
+
+    def register(self, block_id: int, block_hash: bytes) -> None:
+        """Make the content of a held block findable, unless another block offers the same."""
+        assert self._references[block_id] > 0, f"block {block_id} is registered but not held"
+        if block_hash not in self._by_hash and self._hashes[block_id] is None:
+            self._hashes[block_id] = block_hash
+            self._by_hash[block_hash] = block_id
+
+    def check_integrity(self, references: Mapping[int, int] | None = None) -> None:
+        """Assert that every block is in exactly one state, and the reference counts, if given."""
+        blank, idle = set(self._blank), set(self._idle)
+        assert len(blank) == len(self._blank), "a block is blank twice"
+        assert not blank & idle, "a block is both blank and idle"
+        for block_id, count in enumerate(self._references):
+            assert count >= 0, f"block {block_id} has {count} holders"
+            assert (count == 0) == (block_id in blank or block_id in idle), (
+                f"block {block_id} has {count} holders, but blank={block_id in blank}, "
+                f"idle={block_id in idle}"
+            )
+            if references is not None:
+                holders = references.get(block_id, 0)
+                assert count == holders, f"block {block_id} counts {count} of {holders} holders"
+        hashed = {h: b for b, h in enumerate(self._hashes) if h is not None}
+        assert hashed == self._by_hash, "the hash map does not name the blocks' contents"
+        assert all(self._hashes[block_id] is None for block_id in blank), "a blank block has a hash"
+        assert all(self._hashes[block_id] is not None for block_id in idle), "idle without a hash"
