@@ -104,7 +104,7 @@ class StoredTensor:
             moved = os.preadv(descriptor, [view[done:]], offset + done)
             if moved == 0:
                 raise CheckpointError(
-                    f"{self.path} ends {len(view) - done} bytes too early at byte {offset + done}: it "
+                    f"{self.path} ends {len(view) - done} bytes too early: it "
                     "was cut since it was opened; download it again"
                 )
             done += moved

@@ -117,7 +117,7 @@ class Arena:
         if self.device.type != "cpu":
             tensor = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
             return tensor, _Block(num_bytes, None, False)
-        memory = mmap.mmap(-1, num_bytes)
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if num_bytes >= _HUGE_PAGE:
             memory.madvise(mmap.MADV_HUGEPAGE)
         tensor = torch.frombuffer(memory, dtype=torch.uint8)

@@ -15,7 +15,8 @@ class _Extent:
 
 
 class Ring:
-    """Hands out extents in order. They may be freed in any order; space returns oldest first.
+    """Hands out extents in order. They may be freed in any order; space
+    returns from both ends, so that an extent held for long delays only what lies between.
 
     An extent never wraps: where the end of the buffer is too short for it, it starts over at 0.
     """
@@ -43,6 +44,8 @@ class Ring:
             raise ValueError(f"no extent is held at {start}")
         while self._extents and self._extents[0].is_free:
             self._extents.popleft()
+        while self._extents and self._extents[-1].is_free:
+            self._extents.pop()
 
     @property
     def num_held(self) -> int:

@@ -209,7 +209,7 @@ class WeightManager:
         return rows.to(self._device)
 
     def stats(self) -> dict[str, Any]:
-        """Plain data: seconds stalled in `acquire`, and each link's transfers, bytes and busy time."""
+        """Plain data: seconds stalled in `acquire`; transfers, bytes and busy time of each link."""
         return {
             "stall_s": self.transfers.stall_s,
             "transfers": {

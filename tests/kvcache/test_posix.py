@@ -1,0 +1,125 @@
+"""Direct reads and writes of real files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcache.arena import Arena
+from kvcache.errors import BackendUnavailableError, StorageError
+from kvcache.storage import BACKENDS, StorageBackend
+from kvcache.storage.posix import PosixBackend
+from kvcache.tier import Tier
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder on the disk (O_DIRECT) and one on /dev/shm (which may refuse it)."""
+    if request.param == "disk":
+        return tmp_path
+    return Path(request.getfixturevalue("shm_folder"))
+
+
+@pytest.fixture
+def shm_folder(tmp_path: Path) -> Path:
+    folder = Path("/dev/shm") / f"kvcache-test-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+@pytest.fixture
+def backend() -> StorageBackend:
+    backend = PosixBackend(chunk_bytes=64 << 10, num_threads=3)
+    yield backend
+    backend.close()
+
+
+def buffer_of(num_bytes: int) -> torch.Tensor:
+    return Arena(Tier.HOST, num_bytes).allocate(num_bytes)
+
+
+def pattern(num_bytes: int) -> torch.Tensor:
+    data = buffer_of(num_bytes)
+    return data.copy_(torch.randint(0, 256, (num_bytes,), dtype=torch.uint8))
+
+
+def test_what_is_written_is_read_at_any_offset(folder: Path, backend: StorageBackend) -> None:
+    data = pattern(1 << 20)
+    file = backend.open(folder / "f", writable=True)
+    backend.write(file, 0, data)
+    backend.write(file, 1 << 20, data)
+    assert (folder / "f").stat().st_mode & 0o777 == 0o600
+    assert (folder / "f").stat().st_size == 2 << 20
+    for offset, size in [(0, 1 << 20), (4096, 8192), (1 << 19, 1 << 20), (65536, 4096)]:
+        expected = torch.cat([data, data])[offset : offset + size]
+        direct, queued = buffer_of(size), buffer_of(size)
+        backend.read(file, offset, direct)
+        backend.submit(file, offset, queued).result()
+        assert torch.equal(direct, expected) and torch.equal(queued, expected)
+    file.close()
+    file.close()
+
+
+def test_many_reads_in_flight(tmp_path: Path, backend: StorageBackend) -> None:
+    data = pattern(4 << 20)
+    file = backend.open(tmp_path / "f", writable=True)
+    backend.write(file, 0, data)
+    target = buffer_of(4 << 20)
+    step = 256 << 10
+    futures = [backend.submit(file, at, target[at : at + step]) for at in range(0, 4 << 20, step)]
+    for future in futures:
+        future.result()
+    assert torch.equal(target, data)
+    assert backend.submit(file, 0, target[:0]).result() is None
+    file.close()
+
+
+def test_short_file_is_an_error_with_its_offset(folder: Path, backend: StorageBackend) -> None:
+    file = backend.open(folder / "f", writable=True)
+    backend.write(file, 0, pattern(1 << 20))
+    os.truncate(folder / "f", 300_000)
+    with pytest.raises(StorageError) as caught:
+        backend.submit(file, 0, buffer_of(1 << 20)).result()
+    assert caught.value.path == str(folder / "f")
+    assert 294_912 <= caught.value.offset <= 1 << 20
+    whole = buffer_of(294_912)
+    backend.read(file, 0, whole)
+    file.close()
+
+
+def test_failed_calls_are_typed_errors(tmp_path: Path, backend: StorageBackend) -> None:
+    (tmp_path / "f").write_bytes(bytes(8192))
+    file = backend.open(tmp_path / "f")
+    with pytest.raises(StorageError, match="Bad file descriptor"):
+        backend.write(file, 0, buffer_of(4096))
+    file.close()
+    with pytest.raises(StorageError, match="Bad file descriptor"):
+        backend.read(file, 0, buffer_of(4096))
+    with pytest.raises(FileNotFoundError):
+        backend.open(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("offset", "begin", "size"), [(1, 0, 4096), (0, 0, 100), (0, 64, 4096)])
+def test_unaligned_transfers_are_refused(
+    offset: int, begin: int, size: int, tmp_path: Path, backend: StorageBackend
+) -> None:
+    (tmp_path / "f").write_bytes(bytes(16384))
+    file = backend.open(tmp_path / "f")
+    with pytest.raises(ValueError, match="4096"):
+        backend.read(file, offset, buffer_of(16384)[begin : begin + size])
+    file.close()
+
+
+def test_unbuilt_deepnvme_says_how_to_build_it() -> None:
+    try:
+        backend = BACKENDS["deepnvme"]()
+    except BackendUnavailableError as error:
+        assert "DS_BUILD_AIO=1" in str(error) and "posix" in str(error)
+    else:
+        backend.close()
