@@ -20,7 +20,7 @@ from giantserve.executor.launcher import Launcher
 from giantserve.executor.messages import LoadProgress
 from giantserve.executor.select import make_executor
 from giantserve.outputs import StreamDelta, Usage
-from giantserve.planning import plan_for
+from giantserve.planning import resolve
 from giantserve.request import Request
 from giantserve.sampling_params import SamplingParams
 from giantserve.scheduler import Scheduler, SchedulerConfig
@@ -28,6 +28,7 @@ from giantserve.sequence_output import SequenceOutput
 from giantserve.step import StepResult
 from giantserve.tokenizer import load_tokenizer
 from kvcache.block_pool import BlockPool
+from partition.plan import PartitionPlan
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class _Ticket:
 class Engine:
     """Runs one replica. Construction blocks until the model is loaded; `close` ends it.
 
+    ``plan`` is run in place of the planner's own; ``launcher`` starts the workers and outlives the engine.
     `submit` and `abort` may be called from any thread.
     """
 
@@ -66,10 +68,13 @@ class Engine:
         self,
         config: EngineConfig,
         *,
+        plan: PartitionPlan | None = None,
         on_progress: Callable[[int, LoadProgress], None] = lambda rank, progress: None,
         launcher: Launcher | None = None,
     ) -> None:
-        self.config, self.profile, self.plan = plan_for(config)
+        resolution = resolve(config)
+        self.config, self.profile = resolution.config, resolution.profile
+        self.plan = plan or resolution.plan
         logger.info("plan: %s", self.plan.reason)
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.end_token_ids = tuple(sorted(read_end_token_ids(config.model)))
@@ -99,7 +104,7 @@ class Engine:
         self._in_flight = 0
         self._failure: GiantserveError | None = None
         self._stopping = False
-        self.counters = EngineStats()
+        self.counters = EngineStats(resolution.bandwidths)
         self._asking: list[queue.SimpleQueue[dict[str, Any]]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()

@@ -8,12 +8,14 @@ from typing import Any
 
 from giantserve.scheduler import Scheduler
 from kvcache.block_pool import BlockPool
+from partition.bandwidths import Bandwidths
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counts since the engine started."""
+    """Counts since the engine started. ``bandwidths`` are what one shard's links were measured to reach."""
 
+    bandwidths: Bandwidths
     started_s: float = field(default_factory=time.monotonic)
     requests: int = 0
     aborted: int = 0
@@ -25,9 +27,10 @@ class EngineStats:
     ) -> dict[str, Any]:
         """Plain data: queues, KV blocks, tokens, and per shard the bytes by tier and direction.
 
-        ``roofline_fraction`` is that of the slowest shard: the share of its busy time during which the
-        link that limits it was moving bytes.
+        ``roofline_fraction`` compares the time that the bytes moved must have taken at the measured
+        bandwidths, on the link that limits, with the time that the passes took; of the busiest shard.
         """
+        busiest = max(shards.values(), key=lambda shard: shard["busy_s"])
         return {
             "uptime_s": time.monotonic() - self.started_s,
             "requests": self.requests,
@@ -42,6 +45,17 @@ class EngineStats:
                 "host_blocks": pool.num_host_blocks,
                 "host_blocks_free": pool.num_free_host_blocks,
             },
-            "roofline_fraction": min(shard["roofline_fraction"] for shard in shards.values()),
+            "roofline_fraction": self._roofline_fraction(busiest),
             "shards": [shards[rank] for rank in sorted(shards)],
         }
+
+    def _roofline_fraction(self, shard: dict[str, Any]) -> float:
+        rates = {
+            "nvme": self.bandwidths.disk_read,
+            "host": self.bandwidths.host_to_device,
+        }
+        least = [shard["passes"] * shard["resident_bytes"] / self.bandwidths.device_memory]
+        for source, rate in rates.items():
+            moved = sum(link["bytes"] for link in shard["links"] if link["source"] == source)
+            least.append(moved / rate)
+        return max(least) / shard["busy_s"] if shard["busy_s"] else 0.0

@@ -12,6 +12,7 @@ from typing import Any, Self
 from giantserve.config import EngineConfig
 from giantserve.engine import Engine
 from giantserve.errors import ConfigError, GiantserveError, InvalidRequestError
+from giantserve.executor.launcher import Launcher
 from giantserve.executor.messages import LoadProgress
 from giantserve.outputs import Completion, RequestOutput, StreamDelta
 from giantserve.sampling_params import SamplingParams
@@ -25,7 +26,8 @@ class LLM:
     """A model held in a replica on this machine (``executor="local"``) or on Ray (``"ray"``).
 
     Memory sizes are bytes or strings such as "2GiB", per shard; whatever is left out the planner chooses
-    from the machine. Use it as a context manager, or call `close`.
+    from the machine. ``options`` are the other fields of `EngineConfig`; ``plan`` is run in place of the
+    planner's own. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class LLM:
         host_memory: int | str | None = None,
         nvme_memory: int | str | None = None,
         nvme_dir: str | Path | None = None,
+        plan: PartitionPlan | None = None,
         on_progress: Callable[[int, LoadProgress], None] = lambda rank, progress: None,
+        launcher: Launcher | None = None,
         **options: Any,
     ) -> None:
-        launcher = options.pop("launcher", None)
         unknown = sorted(set(options) - set(EngineConfig.__dataclass_fields__))
         if unknown:
             raise ConfigError(f"LLM has no option {', '.join(unknown)}")
@@ -51,7 +54,7 @@ class LLM:
             nvme_dir=None if nvme_dir is None else Path(nvme_dir),
             **options,
         )
-        self._engine = Engine(config, on_progress=on_progress, launcher=launcher)
+        self._engine = Engine(config, plan=plan, on_progress=on_progress, launcher=launcher)
         self._num_calls = 0
 
     @property

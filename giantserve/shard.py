@@ -276,13 +276,25 @@ class Shard:
         return {
             "passes": self._passes,
             "busy_s": self._busy_s,
+            "resident_bytes": self._shard.weight_bytes(Tier.DEVICE),
             "device_used_bytes": self.device_arena.used_bytes,
             "host_used_bytes": self.host_arena.used_bytes,
             "kv_bytes_copied": {
                 f"{source.value}_to_{target.value}": count
                 for (source, target), count in self._kv.bytes_copied.items()
             },
-            "weights": self._weights.stats(),
+            "links": [
+                {
+                    "kind": link.kind,
+                    "source": link.source.value,
+                    "target": link.target.value,
+                    "bytes": totals.num_bytes,
+                    "busy_s": totals.busy_s,
+                    "gb_per_s": totals.num_bytes / totals.busy_s / 1e9 if totals.busy_s else 0.0,
+                }
+                for link, totals in self._weights.transfers.snapshot().items()
+            ],
+            "stall_s": self._weights.transfers.stall_s,
         }
 
     def close(self) -> None:

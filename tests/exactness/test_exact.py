@@ -1,0 +1,91 @@
+"""The oracle: every plan gives the tokens that transformers.generate gives, in fp32, greedily."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import transformers
+from plans import make_plan
+from zoo import OVERRIDES, make_prompts, reference, save_model
+
+from giantserve import LLM, SamplingParams
+from giantserve.executor.launcher import Launcher
+from partition.profile import ModelProfile
+
+NUM_TOKENS = 64
+TIERS = ("device", "host", "nvme", "mixed")
+SPLITS = ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (3, 2))
+CORE = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt_neox",
+    "cohere",
+    "olmo2",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt2",
+    "opt",
+    "bloom",
+)
+PROMPTS = make_prompts()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return tmp_path_factory.mktemp("models")
+
+
+@cache
+def expected(path: Path) -> list[list[int]]:
+    return reference(path, PROMPTS, NUM_TOKENS)
+
+
+def cases() -> list[object]:
+    """Every core architecture at every split on one tier in turn, and on every tier unsplit; the rest of the
+    product, and every other architecture, as the long tail."""
+    found = []
+    for number, name in enumerate(OVERRIDES):
+        for place, (tp, pp) in enumerate(SPLITS):
+            for index, tiers in enumerate(TIERS):
+                quick = name in CORE and ((number + place) % len(TIERS) == index or (tp, pp) == (1, 1))
+                tail = name not in CORE and (number + place) % len(TIERS) != index
+                if tail:
+                    continue
+                marks = () if quick else (pytest.mark.slow,)
+                found.append(
+                    pytest.param(name, tp, pp, tiers, marks=marks, id=f"{name}-tp{tp}-pp{pp}-{tiers}")
+                )
+    return found
+
+
+@pytest.mark.parametrize(("name", "tp", "pp", "tiers"), cases())
+def test_same_tokens_as_transformers(
+    name: str, tp: int, pp: int, tiers: str, models: Path, launcher: Launcher
+) -> None:
+    path = save_model(name, models)
+    refusal = ModelProfile.from_pretrained(path).why_not_tensor_parallel(tp)
+    if refusal is not None:
+        pytest.skip(f"not legal: {refusal}")
+    # 64 blocks of 4 tokens: two of the eight sequences at full length, so that KV is demoted and comes back
+    plan = make_plan(path, tp, pp, tiers, device_blocks=64, host_blocks=64)
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    with LLM(path, plan=plan, nvme_dir=path / "nvme", launcher=launcher) as llm:
+        outputs = llm.generate(PROMPTS, greedy)
+        again = llm.generate(PROMPTS[2], greedy)[0]
+        stats = llm.stats()
+    assert [output.token_ids for output in outputs] == expected(path)
+    assert again.token_ids == expected(path)[2]
+    assert again.usage is not None and again.usage.cached_tokens > 0
+    assert stats["kv"]["device_blocks_free"] == 64
+    copied = stats["shards"][0]["kv_bytes_copied"]
+    assert copied["device_to_host"] > 0 and copied["host_to_device"] > 0
