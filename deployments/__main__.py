@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import signal
@@ -84,6 +85,7 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
 
     from deployments.app import APP_NAME, build_app
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     app = build_app(options)
     started_s = time.monotonic()
     local = arguments.address == "local"
@@ -93,7 +95,7 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
         num_cpus=_num_cpus(app) if local else None,
         object_store_memory=OBJECT_STORE_BYTES if local else None,
         log_to_driver=False,
-        logging_level="WARNING",
+        logging_level=logging.ERROR,
     )
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
@@ -113,11 +115,8 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if local:
-            serve.shutdown()
-        else:
-            serve.delete(APP_NAME)
-        ray.shutdown()
+        serve.delete(APP_NAME)
+        ray.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _run(app: serve.Application) -> None:
@@ -133,7 +132,8 @@ def _run(app: serve.Application) -> None:
         messages = [d.message for d in status.deployments.values()] if status else []
         lines = [line for line in "\n".join([str(error), *messages]).splitlines() if line.strip()]
         causes = [line for line in lines if "Error: " in line]
-        raise EngineDeadError((causes or lines)[-1].strip()) from None
+        said = (causes or lines)[-1].strip()
+        raise EngineDeadError(said.rpartition("Error: ")[2] if causes else said) from None
 
 
 def _wait_until_routed(url: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import MutableMapping
+from contextlib import ExitStack
 
 SERVE_SETTINGS = {
     # HAProxy (a wheel that Ray Serve depends on) hands the connection to the replica's own server.
@@ -21,23 +22,28 @@ SERVE_SETTINGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # Serve's logs stay in Ray's log folder.
+    "RAY_SERVE_LOG_TO_STDERR": "0",
     # Both for the end of the server: nothing new arrives by then, so there is nothing to wait for.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "60",
 }
 
+PORT_SETTINGS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+
 
 def tune(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set what the user has not set.
 
-    HAProxy's statistics take a free port, so that servers can share a machine.
+    HAProxy's own listeners take free ports, so that servers can share a machine.
     """
     for name, value in SERVE_SETTINGS.items():
         environment.setdefault(name, value)
-    environment.setdefault("RAY_SERVE_HAPROXY_STATS_PORT", str(_free_port()))
+    for name, port in zip(PORT_SETTINGS, _free_ports(len(PORT_SETTINGS)), strict=True):
+        environment.setdefault(name, str(port))
 
 
-def _free_port() -> int:
-    with socket.create_server(("", 0)) as listener:
-        return int(listener.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        listeners = [held.enter_context(socket.create_server(("", 0))) for _ in range(count)]
+        return [int(listener.getsockname()[1]) for listener in listeners]

@@ -13,7 +13,9 @@ import typer
 PLACE = "Memory and parallelism (all left out: the planner decides)"
 LIMITS = "Limits"
 
-Model = Annotated[str, typer.Argument(help="The checkpoint folder (Hugging Face format).")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A checkpoint folder (Hugging Face format).")
+]
 DeviceMemory = Annotated[
     str | None, typer.Option(help="Device bytes per shard, e.g. 2GiB.", rich_help_panel=PLACE)
 ]

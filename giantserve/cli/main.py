@@ -48,7 +48,7 @@ for command, epilog in (
 def main() -> None:
     """The entry point. Exits 0 on success, 1 on an error, 2 on wrong usage, 130 on Ctrl-C."""
     try:
-        app()
+        app(prog_name="giantserve")
     except GiantserveError as error:
         _fail(str(error), 1)
     except ValueError as error:

@@ -14,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.metrics import flatten
 from deployments.options import DeploymentOptions, parse_args
 from deployments.placement import gpus_per_shard
-from deployments.tuning import SERVE_SETTINGS, tune
+from deployments.tuning import PORT_SETTINGS, SERVE_SETTINGS, tune
 from giantserve.config import EngineConfig
 from giantserve.errors import ConfigError
 
@@ -94,7 +94,8 @@ def test_settings_leave_the_users_alone() -> None:
     environment = {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     tune(environment)
     assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
-    assert set(environment) == {*SERVE_SETTINGS, "RAY_SERVE_HAPROXY_STATS_PORT"}
+    assert set(environment) == {*SERVE_SETTINGS, *PORT_SETTINGS}
+    assert len({environment[name] for name in PORT_SETTINGS}) == 2
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.stem))
