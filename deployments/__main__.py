@@ -116,7 +116,7 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         serve.delete(APP_NAME)
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
 
 
 def _run(app: serve.Application) -> None:
