@@ -10,14 +10,14 @@ import torch
 
 from kvcache.arena import Arena
 from kvcache.errors import BackendUnavailableError, StorageError
-from kvcache.storage import BACKENDS, StorageBackend
+from kvcache.storage import BACKENDS, DirectFile, StorageBackend
 from kvcache.storage.posix import PosixBackend
 from kvcache.tier import Tier
 
 
 @pytest.fixture(params=["disk", "memory"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder on the disk (O_DIRECT) and one on /dev/shm (which may refuse it)."""
+    """A folder on the disk (O_DIRECT) and one on /dev/shm (which refuses it before Linux 6.6)."""
     if request.param == "disk":
         return tmp_path
     return Path(request.getfixturevalue("shm_folder"))
@@ -123,3 +123,21 @@ def test_unbuilt_deepnvme_says_how_to_build_it() -> None:
         assert "DS_BUILD_AIO=1" in str(error) and "posix" in str(error)
     else:
         backend.close()
+
+
+def test_file_system_without_direct_access_is_read_through_the_cache(
+    tmp_path: Path, backend: StorageBackend
+) -> None:
+    refused = backend.open(Path("/proc/self/status"))  # procfs answers O_DIRECT with EINVAL
+    assert not refused.direct
+    refused.close()
+    file = DirectFile(tmp_path / "f", os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT), direct=False)
+    data, target = pattern(300 << 10), buffer_of(300 << 10)
+    backend.write(file, 4096, data)
+    backend.submit(file, 4096, target).result()
+    assert torch.equal(target, data)
+    os.truncate(tmp_path / "f", 10_000)
+    with pytest.raises(StorageError, match="ends here") as caught:
+        backend.read(file, 0, target)
+    assert caught.value.offset == 10_000
+    file.close()
