@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from kvcache.tier import Tier
 from partition.byte_size import format_byte_size
 from partition.cost import (
+    PAGE_BYTES,
     Array,
     CostModel,
     PassShape,
-    page_rounded,
     pass_time,
     pipeline_cycle_s,
 )
@@ -134,7 +134,8 @@ class Assembly:
                 if choice.streamed_bytes:
                     return 0
                 block_bytes = self._block_bytes(run, rank)
-                spare.append(choice.free_device_bytes // block_bytes if block_bytes else wanted)
+                free = max(0, choice.free_device_bytes - PAGE_BYTES)  # KV ends on a page
+                spare.append(free // block_bytes if block_bytes else wanted)
         return min(spare)
 
     def _block_bytes(self, run: tuple[int, int], rank: int) -> int:
@@ -149,7 +150,7 @@ class Assembly:
         tiers = self._unit_tiers(units, rank, choice)
         sizes = {unit.name: self.table.unit_bytes(unit, rank) for unit in units}
         streamed = [
-            page_rounded(sizes[unit.name])
+            self.table.footprint(unit, rank)
             for unit in units
             if may_stream(unit) and tiers[unit.name] is not Tier.DEVICE
         ]
@@ -171,6 +172,7 @@ class Assembly:
             device_kv_bytes=blocks * block_bytes,
             host_kv_bytes=self.sizing.num_host_blocks * block_bytes,
             workspace_bytes=self.sizing.workspace_bytes,
+            staging_bytes=choice.staging_bytes,
         )
 
     def _unit_tiers(
@@ -184,7 +186,7 @@ class Assembly:
             if unit.kind is UnitKind.EMBEDDING:
                 tiers[unit.name] = choice.embedding or Tier.DEVICE
             elif may_stream(unit):
-                members[page_rounded(self.table.unit_bytes(unit, rank))].append(unit.name)
+                members[self.table.footprint(unit, rank)].append(unit.name)
             else:
                 tiers[unit.name] = Tier.DEVICE
         classes = self.table.stream_classes(units, rank)

@@ -15,11 +15,15 @@ from partition.errors import PlanError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSpec:
-    """One device, which runs one shard: the bytes that shard may hold, and how fast they move."""
+    """One device, which runs one shard: the bytes that shard may hold, and how fast they move.
+
+    ``staged``: NVMe reads reach it through two buffers of the host budget (CUDA), not directly.
+    """
 
     budget: TierBudget
     bandwidths: Bandwidths
     name: str = field(default="device", compare=False)
+    staged: bool = False
 
     def __post_init__(self) -> None:
         for name in ("device_bytes", "host_bytes", "nvme_bytes"):
@@ -97,13 +101,14 @@ class ClusterSpec:
         bandwidths: Bandwidths,
         *,
         shared: tuple[str, ...] = ("disk", "memory", "compute"),
+        staged: bool = False,
     ) -> ClusterSpec:
         """One node of equal devices. ``budget`` is each device's; ``bandwidths`` are the machine's
         for what is ``shared`` (by default everything, as on a machine whose devices are its own
         cores)."""
         if num_devices < 1:
             raise PlanError(f"{num_devices} devices cannot hold a model; give at least 1")
-        device = DeviceSpec(budget=budget, bandwidths=bandwidths)
+        device = DeviceSpec(budget=budget, bandwidths=bandwidths, staged=staged)
         devices = tuple(replace(device, name=f"device-{i}") for i in range(num_devices))
         return cls(nodes=(NodeSpec(devices=devices, name="local", shared=shared),))
 

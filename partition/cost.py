@@ -21,7 +21,7 @@ TERMS = ("device memory", "host link", "disk", "compute", "collectives", "unit l
 
 
 def page_rounded(num_bytes: int) -> int:
-    """Bytes a unit takes on any tier: whole pages, so that it can be read with O_DIRECT."""
+    """The whole pages that ``num_bytes`` take on any tier: O_DIRECT reads by page."""
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
@@ -144,13 +144,13 @@ def pipeline_cycle_s(stage_times: list[float], passes: int) -> float:
 
 
 def unit_row(
-    unit: Unit, profile: ModelProfile, rank: int, world: int, num_bytes: int
+    unit: Unit, profile: ModelProfile, rank: int, world: int, num_bytes: int, footprint: int
 ) -> dict[str, float]:
-    """One unit's contribution to a Load; ``num_bytes`` is its slice on that rank."""
+    """One unit's contribution to a Load; its slice has ``num_bytes`` and takes ``footprint``."""
     if unit.kind is UnitKind.EMBEDDING:  # a pass gathers its tokens' rows: kilobytes
-        return {"embedding_bytes": page_rounded(num_bytes), "num_units": 1}
+        return {"embedding_bytes": footprint, "num_units": 1}
     if unit.kind is UnitKind.SMALL:
-        return {"dense_bytes": num_bytes, "small_bytes": page_rounded(num_bytes), "num_units": 1}
+        return {"dense_bytes": num_bytes, "small_bytes": footprint, "num_units": 1}
     expert_bytes = 0
     flops = 0.0
     for spec in unit.parameters:
@@ -165,5 +165,5 @@ def unit_row(
         "expert_bytes": expert_bytes,
         "flops_per_token": flops,
         "num_units": 1,
-        "stream_bytes": page_rounded(num_bytes),
+        "stream_bytes": footprint,
     }

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from partition.cluster import DeviceSpec
 from partition.cost import (
+    PAGE_BYTES,
     CostModel,
     Load,
     PassShape,
@@ -159,19 +160,20 @@ class LayoutSearch:
             floor_s=float(max(terms["device memory"], terms["compute"])),
             host_link=device.bandwidths.host_to_device,
             disk=device.bandwidths.disk_read,
+            staged=device.staged,
         )
 
     def _room(self, rank: int, load: Load, device: DeviceSpec) -> Room:
         sizing, budget = self._sizing, device.budget
         block_bytes = load.kv_bytes_per_token * self._block_size
         left = budget.device_bytes - sizing.workspace_bytes - load.small_bytes
-        kv = sizing.num_device_blocks * block_bytes
+        kv = _pages(sizing.num_device_blocks * block_bytes)
         within_share = np.asarray(kv >= 0)
         if sizing.kv_share is not None:
             within_share = kv <= sizing.kv_share * (left - self._table.longest_ring_bytes(rank))
         return Room(
             device=np.asarray(left - kv),
-            host=np.asarray(budget.host_bytes - sizing.num_host_blocks * block_bytes),
+            host=np.asarray(budget.host_bytes - _pages(sizing.num_host_blocks * block_bytes)),
             nvme=np.full_like(kv, budget.nvme_bytes),
             may_stream=within_share,
         )
@@ -193,3 +195,7 @@ class LayoutSearch:
             bounds = np.maximum(bounds, np.where(fits, pass_time(terms), np.inf))
         bounds[np.tril_indices_from(bounds)] = np.inf
         return bounds
+
+
+def _pages(num_bytes: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.ceil(num_bytes / PAGE_BYTES) * PAGE_BYTES)

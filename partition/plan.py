@@ -27,7 +27,8 @@ class ShardPlan:
 
     ``ring_bytes`` of the device budget are buffers through which non-resident units pass.
     ``device_kv_bytes`` and ``host_kv_bytes`` hold the KV blocks of those tiers.
-    ``workspace_bytes`` of the device budget are kept free for activations.
+    ``workspace_bytes`` of the device budget are kept free for activations, ``staging_bytes`` of the
+    host budget are the buffers through which NVMe units reach a device that cannot be read into.
     """
 
     rank: int
@@ -39,6 +40,7 @@ class ShardPlan:
     device_kv_bytes: int
     host_kv_bytes: int
     workspace_bytes: int
+    staging_bytes: int = 0
 
     def weight_bytes(self, tier: Tier) -> int:
         """Bytes of weights this shard keeps on ``tier``."""
@@ -48,7 +50,7 @@ class ShardPlan:
         """Bytes of the tier's budget that are spoken for: weights, KV, ring and workspace."""
         other = {
             Tier.DEVICE: self.ring_bytes + self.device_kv_bytes + self.workspace_bytes,
-            Tier.HOST: self.host_kv_bytes,
+            Tier.HOST: self.host_kv_bytes + self.staging_bytes,
             Tier.NVME: 0,
         }
         return self.weight_bytes(tier) + other[tier]
@@ -191,6 +193,7 @@ def _validate_shard(shard: ShardPlan) -> None:
         "device_kv_bytes": shard.device_kv_bytes,
         "host_kv_bytes": shard.host_kv_bytes,
         "workspace_bytes": shard.workspace_bytes,
+        "staging_bytes": shard.staging_bytes,
         **{placement.unit: placement.num_bytes for placement in shard.placements},
     }
     for name, num_bytes in parts.items():

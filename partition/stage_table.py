@@ -14,6 +14,9 @@ from partition.profile import ModelProfile, Unit, UnitKind
 from partition.sharding import ParameterSpec
 from partition.tier_choice import ring_bytes
 
+TENSOR_ALIGNMENT = 64
+"""Within a unit each tensor starts at a multiple of this many bytes."""
+
 
 class StageTable:
     """Loads of stages [first, end) by rank. Immutable after construction but for its caches."""
@@ -29,6 +32,15 @@ class StageTable:
         """Bytes of a rank's slice of ``unit``."""
         return sum(self._local_bytes(spec, rank) for spec in unit.parameters)
 
+    def footprint(self, unit: Unit, rank: int) -> int:
+        """Bytes that the slice takes on any tier: its tensors aligned, the whole in pages."""
+        return page_rounded(
+            sum(
+                -(-self._local_bytes(spec, rank) // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+                for spec in unit.parameters
+            )
+        )
+
     def _local_bytes(self, spec: ParameterSpec, rank: int) -> int:
         key = (spec.shape, spec.rule, spec.dtype_bytes, rank)
         if key not in self._spec_bytes:
@@ -43,7 +55,12 @@ class StageTable:
         )
         if key not in self._unit_rows:
             self._unit_rows[key] = unit_row(
-                unit, self.profile, rank, self.tensor_parallel, self.unit_bytes(unit, rank)
+                unit,
+                self.profile,
+                rank,
+                self.tensor_parallel,
+                self.unit_bytes(unit, rank),
+                self.footprint(unit, rank),
             )
         return self._unit_rows[key]
 
@@ -130,9 +147,7 @@ class StageTable:
 
     def stream_classes(self, units: tuple[Unit, ...], rank: int) -> tuple[tuple[int, int], ...]:
         """(page-rounded size, count) of the units that may lie on any tier, largest first."""
-        sizes = Counter(
-            page_rounded(self.unit_bytes(unit, rank)) for unit in units if may_stream(unit)
-        )
+        sizes = Counter(self.footprint(unit, rank) for unit in units if may_stream(unit))
         return tuple(sorted(sizes.items(), reverse=True))
 
     def longest_ring_bytes(self, rank: int) -> int:

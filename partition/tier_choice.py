@@ -23,6 +23,7 @@ class TierProblem:
 
     ``classes`` are (size, count) of the units that stream from wherever they lie, sizes distinct;
     ``embedding`` is the size of the embedding, of which a pass reads rows only (0: none).
+    ``staged``: the host holds two buffers for the largest streamed unit on NVMe.
     ``floor_s`` is the time below which fewer streamed bytes gain nothing.
     """
 
@@ -34,6 +35,7 @@ class TierProblem:
     floor_s: float
     host_link: float
     disk: float
+    staged: bool = False
 
     @property
     def stream_bytes(self) -> int:
@@ -50,6 +52,7 @@ class TierChoice:
     on_nvme: tuple[int, ...]
     embedding: Tier | None
     ring_bytes: int
+    staging_bytes: int
     streamed_bytes: int
     disk_bytes: int
     free_device_bytes: int
@@ -108,10 +111,14 @@ def _finish(
     def total(counts: list[int]) -> int:
         return sum(s * c for s, c in zip(sizes, counts, strict=True))
 
+    def staging() -> int:
+        read = (size for size, count in zip(sizes, in_nvme, strict=True) if count)
+        return 2 * max(read, default=0) if problem.staged else 0
+
     def free() -> dict[Tier, int]:
         return {
             Tier.DEVICE: problem.device_bytes - total(on_device) - ring(),
-            Tier.HOST: problem.host_bytes - total(in_host),
+            Tier.HOST: problem.host_bytes - total(in_host) - staging(),
             Tier.NVME: problem.nvme_bytes - total(in_nvme),
         }
 
@@ -140,6 +147,7 @@ def _finish(
         on_nvme=tuple(in_nvme),
         embedding=embedding if problem.embedding else None,
         ring_bytes=ring(),
+        staging_bytes=staging(),
         streamed_bytes=total(in_host) + total(in_nvme),
         disk_bytes=total(in_nvme),
         free_device_bytes=free()[Tier.DEVICE] - reserved[Tier.DEVICE],
@@ -152,8 +160,8 @@ def _solve(
     """Counts on device, host and NVMe from HiGHS; capacities are lowered by the share ``shrink``.
 
     Per class: d resident and h on the host (the rest on NVMe), y whether any streams, w whether two
-    do. Then e_d and e_h for the embedding, the ring r and the time t. The ring is at least every
-    pair of streamed sizes, so it is the two largest.
+    do, z whether any is read from NVMe. Then e_d and e_h for the embedding, the ring r, the staging
+    s and the time t. The ring is at least every pair of streamed sizes, so it is the two largest.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -161,8 +169,8 @@ def _solve(
     sizes = [size for size, _ in problem.classes]
     counts = [count for _, count in problem.classes]
     n = len(sizes)
-    d, h, y, w = (range(k * n, (k + 1) * n) for k in range(4))
-    e_d, e_h, r, t = range(4 * n, 4 * n + 4)
+    d, h, y, w, z = (range(k * n, (k + 1) * n) for k in range(5))
+    e_d, e_h, r, s, t = range(5 * n, 5 * n + 5)
     scale = float(
         max(sizes)
     )  # bytes in units of the largest class, times in those of one of its reads
@@ -181,7 +189,9 @@ def _solve(
     at_most(
         {**{d[c]: size[c] for c in range(n)}, e_d: embedding, r: 1.0}, problem.device_bytes * keep
     )
-    at_most({**{h[c]: size[c] for c in range(n)}, e_h: embedding}, problem.host_bytes * keep)
+    at_most(
+        {**{h[c]: size[c] for c in range(n)}, e_h: embedding, s: 1.0}, problem.host_bytes * keep
+    )
     off_nvme = {**{d[c]: -size[c] for c in range(n)}, **{h[c]: -size[c] for c in range(n)}}
     at_most(
         {**off_nvme, e_d: -embedding, e_h: -embedding},
@@ -195,6 +205,9 @@ def _solve(
         at_most({d[c]: -1.0, y[c]: -counts[c]}, -counts[c])
         at_most({d[c]: -1.0, w[c]: -(counts[c] - 1)}, 1 - counts[c])
         at_most({y[c]: slot[c], r: -1.0}, 0.0)
+        if problem.staged:
+            at_most({d[c]: -1.0, h[c]: -1.0, z[c]: -counts[c]}, -counts[c])
+            at_most({z[c]: 2 * size[c], s: -1.0}, 0.0)
         at_most({w[c]: 2 * slot[c], r: -1.0}, 0.0)
     for a, b in combinations(range(n), 2):
         at_most({y[a]: slot[a], y[b]: slot[b], r: -1.0}, 0.0)
@@ -205,7 +218,7 @@ def _solve(
             matrix[index, column] = value
     lower_bounds = np.zeros(num)
     lower_bounds[t] = problem.floor_s * problem.disk / scale
-    upper_bounds = np.array([*counts, *counts, *[1.0] * (2 * n), 1.0, 1.0, np.inf, np.inf])
+    upper_bounds = np.array([*counts, *counts, *[1.0] * (3 * n), 1.0, 1.0, *[np.inf] * 3])
     cost = np.zeros(num)
     cost[t] = 1.0
     for c in range(n):
@@ -214,7 +227,7 @@ def _solve(
     result = milp(
         cost,
         constraints=LinearConstraint(matrix, ub=np.array(upper)),
-        integrality=np.array([1] * (4 * n + 2) + [0, 0]),
+        integrality=np.array([1] * (5 * n + 2) + [0, 0, 0]),
         bounds=Bounds(lower_bounds, upper_bounds),
         options={"mip_rel_gap": 1e-9, "time_limit": 5.0},
     )
