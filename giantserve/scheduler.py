@@ -196,14 +196,13 @@ class Scheduler:
                 f"the prompt has {length} tokens, but the context holds {config.max_model_len}, "
                 "at least one of them for the output; shorten the prompt"
             )
-        needed = (
-            request.max_num_tokens(config.max_model_len) - 1
-        )  # the last token is never fed back
+        # the last token is never fed back: it has no KV
+        needed = request.max_num_tokens(config.max_model_len) - 1
         limit = self._pool.num_device_blocks * self._pool.block_size
         if needed > limit:
             raise InvalidRequestError(
                 f"prompt and max_tokens need the KV of {needed} tokens, but the device holds "
-                f"{limit}; shorten the prompt, lower max_tokens or give the KV cache more device memory"
+                f"{limit}; shorten the prompt, lower max_tokens or give KV more device memory"
             )
 
     def _add_decodes(self, draft: _Draft) -> None:

@@ -176,7 +176,7 @@ class BlockPool:
         device_references: Mapping[int, int] | None = None,
         host_references: Mapping[int, int] | None = None,
     ) -> None:
-        """Assert that the books are consistent, and the number of holders of each block, if given."""
+        """Assert that the books are consistent, and how many hold each block, where given."""
         self._device.check_integrity(device_references)
         self._host.check_integrity(host_references)
 

@@ -1,0 +1,220 @@
+"""Exact block ids, evictions and copies of small pools."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from kvcache.block_copy import BlockCopy
+from kvcache.block_hash import DIGEST_BYTES, hash_block, tenant_root
+from kvcache.block_pool import BlockPool, CachedBlock
+from kvcache.tier import Tier
+
+A, B, C, D = (hash_block(tenant_root("t"), [n]) for n in range(4))
+
+
+def to_host(source_id: int, target_id: int) -> BlockCopy:
+    return BlockCopy(source=Tier.DEVICE, source_id=source_id, target=Tier.HOST, target_id=target_id)
+
+
+def to_device(source_id: int, target_id: int) -> BlockCopy:
+    return BlockCopy(source=Tier.HOST, source_id=source_id, target=Tier.DEVICE, target_id=target_id)
+
+
+def allocate(pool: BlockPool, count: int) -> list[int]:
+    block_ids = pool.allocate(count)
+    assert block_ids is not None
+    return block_ids
+
+
+def test_hashes_tell_tokens_prefix_and_tenant_apart() -> None:
+    root = tenant_root("a")
+    first = hash_block(root, [1, 2])
+    assert len(first) == DIGEST_BYTES
+    assert first == hash_block(tenant_root("a"), (1, 2))
+    others = [
+        hash_block(tenant_root("b"), [1, 2]),
+        hash_block(tenant_root(""), [1, 2]),
+        hash_block(root, [2, 1]),
+        hash_block(root, [1 + 2**32, 2]),
+        hash_block(first, [1, 2]),
+        tenant_root("a"),
+    ]
+    assert first not in others
+    assert len(set(others)) == len(others)
+
+
+def test_blocks_are_dealt_in_order_and_reused_last_first() -> None:
+    pool = BlockPool(4, 0, 2)
+    assert allocate(pool, 3) == [0, 1, 2]
+    assert pool.num_free_device_blocks == 1
+    pool.free([0, 1, 2])
+    assert allocate(pool, 4) == [3, 2, 1, 0]
+    assert pool.allocate(1) is None
+    assert pool.take_copies() == ()
+    pool.check_integrity({0: 1, 1: 1, 2: 1, 3: 1}, {})
+
+
+def test_a_matched_prefix_is_shared_and_outlives_its_first_owner() -> None:
+    pool = BlockPool(4, 0, 2)
+    first = allocate(pool, 3)
+    pool.cache_full_blocks(first[:2], [A, B])
+    match = pool.match_prefix([A, B, C])
+    assert match == (CachedBlock(Tier.DEVICE, 0), CachedBlock(Tier.DEVICE, 1))
+    assert pool.allocate(1, match) == [0, 1, 3]
+    pool.check_integrity({0: 2, 1: 2, 2: 1, 3: 1}, {})
+    pool.free(first)
+    pool.check_integrity({0: 1, 1: 1, 3: 1}, {})
+    assert pool.num_free_device_blocks == 1
+    assert pool.match_prefix([B]) == (CachedBlock(Tier.DEVICE, 1),)
+    assert pool.match_prefix([C, A]) == ()
+
+
+def test_an_idle_prefix_does_not_count_as_room_for_the_rest() -> None:
+    pool = BlockPool(2, 0, 2)
+    owned = allocate(pool, 2)
+    pool.cache_full_blocks(owned, [A, B])
+    pool.free(owned)
+    assert pool.num_free_device_blocks == 2
+    assert pool.allocate(1, pool.match_prefix([A, B])) is None
+    pool.check_integrity({}, {})
+    assert pool.allocate(0, pool.match_prefix([A, B])) == [0, 1]
+
+
+def test_the_same_content_twice_is_cached_once() -> None:
+    pool = BlockPool(3, 0, 2)
+    assert allocate(pool, 2) == [0, 1]
+    pool.cache_full_blocks([0], [A])
+    pool.cache_full_blocks([1], [A])
+    assert pool.num_cached_device_blocks == 1
+    pool.free([1])
+    assert pool.match_prefix([A]) == (CachedBlock(Tier.DEVICE, 0),)
+    pool.check_integrity({0: 1}, {})
+
+
+def test_eviction_demotes_the_least_recently_used_and_tails_before_heads() -> None:
+    pool = BlockPool(3, 2, 2)
+    owned = allocate(pool, 3)
+    pool.cache_full_blocks(owned, [A, B, C])
+    pool.free(owned)
+    assert allocate(pool, 1) == [2]
+    assert pool.take_copies() == (to_host(2, 0),)
+    assert allocate(pool, 1) == [1]
+    assert pool.take_copies() == (to_host(1, 1),)
+    assert pool.match_prefix([A, B, C]) == (
+        CachedBlock(Tier.DEVICE, 0),
+        CachedBlock(Tier.HOST, 1),
+        CachedBlock(Tier.HOST, 0),
+    )
+    assert allocate(pool, 1) == [0]
+    assert pool.take_copies() == (to_host(0, 0),), "the host's oldest, C, makes room for A"
+    assert pool.match_prefix([A, B, C]) == (CachedBlock(Tier.HOST, 0), CachedBlock(Tier.HOST, 1))
+    assert pool.num_free_host_blocks == 2
+    pool.check_integrity({0: 1, 1: 1, 2: 1}, {})
+
+
+def test_without_host_blocks_eviction_loses_the_content() -> None:
+    pool = BlockPool(1, 0, 2)
+    pool.cache_full_blocks(allocate(pool, 1), [A])
+    pool.free([0])
+    assert allocate(pool, 1) == [0]
+    assert pool.take_copies() == ()
+    assert pool.match_prefix([A]) == ()
+
+
+def test_a_host_hit_is_promoted_and_stays_on_the_host() -> None:
+    pool = BlockPool(2, 2, 2)
+    pool.cache_full_blocks(allocate(pool, 1), [A])
+    pool.free([0])
+    assert allocate(pool, 2) == [1, 0]
+    assert pool.take_copies() == (to_host(0, 0),)
+    pool.free([1, 0])
+    match = pool.match_prefix([A])
+    assert match == (CachedBlock(Tier.HOST, 0),)
+    assert pool.allocate(1, match) == [0, 1]
+    assert pool.take_copies() == (to_device(0, 0),)
+    assert pool.match_prefix([A]) == (CachedBlock(Tier.DEVICE, 0),)
+    pool.free([0, 1])
+    assert allocate(pool, 2) == [1, 0]
+    assert pool.take_copies() == (), "the host has A already: evicting it again copies nothing"
+    assert pool.match_prefix([A]) == (CachedBlock(Tier.HOST, 0),)
+
+
+def test_promotion_never_overwrites_the_host_block_it_reads() -> None:
+    pool = BlockPool(2, 1, 2)
+    pool.cache_full_blocks(allocate(pool, 1), [A])
+    pool.free([0])
+    assert allocate(pool, 2) == [1, 0]  # demotes A to the only host block
+    pool.cache_full_blocks([0, 1], [B, C])
+    pool.free([1, 0])
+    pool.take_copies()
+    # Room for A must come from evicting B, which finds the host block pinned and is lost.
+    assert pool.allocate(0, pool.match_prefix([A])) == [0]
+    assert pool.take_copies() == (to_device(0, 0),)
+    assert pool.match_prefix([B]) == ()
+    pool.check_integrity({0: 1}, {})
+
+
+def test_swap_out_and_in_keep_every_block() -> None:
+    pool = BlockPool(3, 3, 2)
+    owned = allocate(pool, 3)
+    pool.cache_full_blocks(owned[:2], [A, B])
+    assert pool.swap_out(owned) == [0, 1, 2]
+    assert pool.take_copies() == (to_host(0, 0), to_host(1, 1), to_host(2, 2))
+    assert (pool.num_free_device_blocks, pool.num_free_host_blocks) == (3, 0)
+    pool.check_integrity({}, {0: 1, 1: 1, 2: 1})
+    assert allocate(pool, 2) == [2, 1]  # B's device copy goes; its host block is held, A stays
+    assert pool.swap_in([0, 1, 2], 0) is None
+    pool.free([1])
+    pool.free([2])
+    assert pool.swap_in([0, 1, 2], 1) is None
+    assert pool.swap_in([0, 1, 2], 0) == [0, 1, 2]
+    assert pool.take_copies() == (to_device(1, 1), to_device(2, 2)), "A never left the device"
+    assert pool.num_free_host_blocks == 3
+    pool.check_integrity({0: 1, 1: 1, 2: 1}, {})
+
+
+def test_swapping_two_sharers_copies_the_shared_block_once() -> None:
+    pool = BlockPool(3, 3, 2)
+    first = allocate(pool, 2)
+    pool.cache_full_blocks(first[:1], [A])
+    second = pool.allocate(1, pool.match_prefix([A]))
+    assert second == [0, 2]
+    assert pool.swap_out(first) == [0, 1]
+    assert pool.swap_out(second) == [0, 2]
+    assert pool.take_copies() == (to_host(0, 0), to_host(1, 1), to_host(2, 2))
+    pool.check_integrity({}, {0: 2, 1: 1, 2: 1})
+    pool.free_host([0, 1])
+    pool.check_integrity({}, {0: 1, 2: 1})
+
+
+def test_swap_out_without_room_changes_nothing() -> None:
+    pool = BlockPool(3, 2, 2)
+    owned = allocate(pool, 3)
+    assert pool.swap_out(owned) is None
+    assert pool.take_copies() == ()
+    pool.check_integrity(Counter(owned), {})
+
+
+def test_caching_can_be_off() -> None:
+    pool = BlockPool(1, 1, 2, enable_prefix_caching=False)
+    pool.cache_full_blocks(allocate(pool, 1), [A])
+    assert pool.match_prefix([A]) == ()
+    pool.free([0])
+    allocate(pool, 1)
+    assert pool.take_copies() == ()
+
+
+def test_misuse_is_caught() -> None:
+    with pytest.raises(ValueError, match="0 device and 1 host blocks of 2 tokens"):
+        BlockPool(0, 1, 2)
+    pool = BlockPool(2, 0, 2)
+    pool.free(allocate(pool, 1))
+    with pytest.raises(AssertionError, match="block 0 is freed twice"):
+        pool.free([0])
+    with pytest.raises(AssertionError, match="block 0 is registered but not held"):
+        pool.cache_full_blocks([0], [D])
+    allocate(pool, 1)
+    with pytest.raises(AssertionError, match="block 1 counts 1 of 0 holders"):
+        pool.check_integrity({}, {})

@@ -1,0 +1,118 @@
+"""A shard that computes on tokens instead of tensors: it knows what every KV slot ought to hold."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from giantserve.request import Request
+from giantserve.step import NewSequence, SequenceChunk, StepPlan
+from kvcache.tier import Tier
+
+VOCAB = 8
+
+
+def next_token(tenant: str, context: Sequence[int], banned: Sequence[int]) -> int:
+    """What the model says after ``context``: depends on all of it, and on nothing else."""
+    drawn = zlib.crc32(repr((tenant, tuple(context))).encode()) % VOCAB
+    return next(t % VOCAB for t in range(drawn, drawn + VOCAB) if t % VOCAB not in banned)
+
+
+class _Sequence:
+    def __init__(self, new: NewSequence) -> None:
+        self.new = new
+        self.block_ids = list(new.block_ids)
+        self.output = list(new.output_token_ids)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.new.prompt_token_ids, *self.output]
+
+
+class ModelShard:
+    """Runs plans in FIFO order and asserts that each chunk finds exactly its own context.
+
+    The KV of position p is modelled as (tenant, tokens 0..p): what a real key depends on. A
+    chunk's context from earlier passes is checked before the pass writes anything (so no chunk may
+    lean on a block that another chunk of the same pass fills), and all contexts again after all
+    have written (so no two chunks write to the same place).
+    """
+
+    def __init__(
+        self, num_device: int, num_host: int, block_size: int, request_of: Callable[[int], Request]
+    ) -> None:
+        self.block_size = block_size
+        self.request_of = request_of
+        self.memory: dict[Tier, list[dict[int, object]]] = {
+            Tier.DEVICE: [{} for _ in range(num_device)],
+            Tier.HOST: [{} for _ in range(num_host)],
+        }
+        self.sequences: dict[int, _Sequence] = {}
+        self.queue: deque[StepPlan] = deque()
+        self.num_copies = {Tier.DEVICE: 0, Tier.HOST: 0}
+
+    def submit(self, plan: StepPlan) -> None:
+        self.queue.append(plan)
+
+    def run_next(self) -> tuple[int, dict[int, int]]:
+        """Execute the oldest plan: its id and the token of each sampling chunk."""
+        plan = self.queue.popleft()
+        for seq_id in plan.finished:
+            del self.sequences[seq_id]
+        for new in plan.new:
+            assert new.prompt_token_ids == self.request_of(new.seq_id).prompt_token_ids
+            old = self.sequences.get(new.seq_id)
+            assert new.output_token_ids == (tuple(old.output) if old else ())
+            self.sequences[new.seq_id] = _Sequence(new)
+        for copy in plan.copies:
+            content = self.memory[copy.source][copy.source_id]
+            assert content, "a block is copied that was never written"
+            self.memory[copy.target][copy.target_id] = dict(content)
+            self.num_copies[copy.target] += 1
+        assert len({chunk.seq_id for chunk in plan.chunks}) == len(plan.chunks)
+        for chunk in plan.chunks:
+            sequence = self.sequences[chunk.seq_id]
+            sequence.block_ids.extend(chunk.new_block_ids)
+            assert len(set(sequence.block_ids)) == len(sequence.block_ids)
+            self._check_context(chunk, chunk.start)
+        for chunk in plan.chunks:
+            self._write(chunk)
+        for chunk in plan.chunks:
+            self._check_context(chunk, chunk.start + len(chunk.token_ids))
+        return plan.step_id, {c.seq_id: self._sample(c) for c in plan.chunks if c.sample}
+
+    def _value(self, seq_id: int, position: int) -> object:
+        tokens = self.sequences[seq_id].tokens
+        return self.request_of(seq_id).tenant, tuple(tokens[: position + 1])
+
+    def _slot(self, seq_id: int, position: int) -> tuple[dict[int, object], int]:
+        block_id = self.sequences[seq_id].block_ids[position // self.block_size]
+        return self.memory[Tier.DEVICE][block_id], position % self.block_size
+
+    def _check_context(self, chunk: SequenceChunk, stop: int) -> None:
+        for position in range(stop):
+            block, offset = self._slot(chunk.seq_id, position)
+            expected = self._value(chunk.seq_id, position)
+            assert block.get(offset) == expected, (
+                f"sequence {chunk.seq_id}, position {position}: {block.get(offset)} for {expected}"
+            )
+
+    def _write(self, chunk: SequenceChunk) -> None:
+        tokens = self.sequences[chunk.seq_id].tokens
+        stop = chunk.start + len(chunk.token_ids)
+        assert chunk.token_ids and chunk.token_ids == tuple(tokens[chunk.start : stop])
+        assert chunk.sample == (stop == len(tokens))
+        for position in range(chunk.start, stop):
+            block, offset = self._slot(chunk.seq_id, position)
+            if offset == 0:
+                block.clear()
+            block[offset] = self._value(chunk.seq_id, position)
+
+    def _sample(self, chunk: SequenceChunk) -> int:
+        sequence, request = self.sequences[chunk.seq_id], self.request_of(chunk.seq_id)
+        barred = len(sequence.output) < request.sampling.min_tokens
+        assert chunk.banned_token_ids == (request.end_token_ids if barred else ())
+        token = next_token(request.tenant, sequence.tokens, chunk.banned_token_ids)
+        sequence.output.append(token)
+        return token
