@@ -157,7 +157,7 @@ class Shard:
         weights.load(fill, advance)
         return weights
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, plan: StepPlan) -> StepResult | None:
         """Execute one pass; the last stage's first rank returns the tokens."""
         started = time.perf_counter()

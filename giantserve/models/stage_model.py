@@ -67,9 +67,9 @@ class StageModel:
         _, layers = find_layers(self.model, profile.num_layers)
         self._layers = layers
         self._group = group
+        parallelise(self.model, profile, group)
         self._prune(first_layer, end_layer)
         materialise_buffers(self.model, device)
-        parallelise(self.model, profile, group)
         self._accepts_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._slots = _parameter_slots(self.model, self.units)
         self._bound: dict[str, int] = {}
@@ -194,7 +194,7 @@ class StageModel:
 
     # Running
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(
         self, inputs: torch.Tensor, specs: list[ChunkSpec], block_size: int, logit_rows: list[int]
     ) -> torch.Tensor:

@@ -81,6 +81,7 @@ def test_same_tokens_as_transformers(
     greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     with LLM(path, plan=plan, nvme_dir=path / "nvme", launcher=launcher) as llm:
         outputs = llm.generate(PROMPTS, greedy)
+        llm.generate(PROMPTS[2], greedy)
         again = llm.generate(PROMPTS[2], greedy)[0]
         stats = llm.stats()
     assert [output.token_ids for output in outputs] == expected(path)
