@@ -33,13 +33,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     totals: ClassVar[Counter[str]] = Counter()
 
     @initialize(
-        num_device=st.integers(4, 14),
+        num_device=st.integers(4, 20),
         num_host=st.integers(0, 10),
         block_size=st.integers(1, 4),
         caching=st.booleans(),
         passes=st.integers(1, 3),
         max_num_seqs=st.integers(1, 6),
-        max_tokens=st.integers(1, 16),
+        max_tokens=st.sampled_from([1, 3, 6, 12, 40]),
     )
     def start(
         self,
@@ -178,7 +178,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         count=st.integers(2, 6),
-        shared=st.integers(0, 6),
+        shared=st.integers(0, 10),
         tenant=st.sampled_from(["a", "b"]),
         max_tokens=st.integers(8, 20),
     )
