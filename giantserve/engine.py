@@ -290,15 +290,16 @@ class Engine:
         self.counters.aborted += 1
 
     def _take(self, result: StepResult) -> None:
-        self._scheduler.on_result(
+        plan = self._scheduler.on_result(
             result.step_id, {token.seq_id: token.token_id for token in result.tokens}
         )
-        for seq_id, entries in result.prompt_logprobs.items():
-            ticket = self._by_sequence.get(seq_id)
-            if ticket is not None:
-                known = ticket.choices[seq_id].prompt_logprobs
+        for chunk in plan.chunks:
+            ticket = self._by_sequence.get(chunk.seq_id)
+            if ticket is not None and chunk.seq_id in result.prompt_logprobs:
+                known = ticket.choices[chunk.seq_id].prompt_logprobs
                 assert known is not None
-                known.extend(entries)
+                # a prompt that was preempted half-way comes by again
+                known[chunk.start + 1 :] = result.prompt_logprobs[chunk.seq_id]
         for token in result.tokens:
             ticket = self._by_sequence.get(token.seq_id)
             if ticket is None:

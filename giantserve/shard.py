@@ -78,7 +78,7 @@ class Shard:
         )
         self._weights = self._load_weights(spec, config, profile, tensor_parallel, progress)
         resident = {p.unit for p in self._shard.placements if p.tier is Tier.DEVICE}
-        self._model.attach(self._weights, self._kv, resident)
+        self._model.attach(self._weights, self._kv, resident, self.device_arena)
         self._sampler = Sampler()
         self._sequences: dict[int, _Sequence] = {}
         self._busy_s = 0.0

@@ -99,6 +99,20 @@ class Arena:
             self._free(tensor.data_ptr(), block)
             self._used -= block.num_bytes
 
+    def discard(self, view: torch.Tensor) -> None:
+        """Give back the pages that lie wholly within ``view``, a part of an allocation, which reads zeros from
+        then on. The count stays: something else now stands for these bytes. Does nothing on CUDA.
+        """
+        with self._lock:
+            for address, block in self._blocks.items():
+                offset = view.data_ptr() - address
+                if block.memory is not None and 0 <= offset < block.num_bytes:
+                    end = (offset + view.nbytes) // ALIGNMENT * ALIGNMENT
+                    start = -(-offset // ALIGNMENT) * ALIGNMENT
+                    if end > start:
+                        block.memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+                    return
+
     def close(self) -> None:
         """Release whatever is still held. Idempotent."""
         with self._lock:

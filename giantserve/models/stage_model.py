@@ -18,7 +18,9 @@ from giantserve.models.attention import PagedAttention
 from giantserve.models.batch import ChunkSpec, PassBatch, build_batch
 from giantserve.models.caches import GatheringCache, PassThroughCache
 from giantserve.models.collectives import TensorParallel
+from giantserve.models.linear import can_pack, pack
 from giantserve.models.tensor_parallel import parallelise
+from kvcache.arena import Arena
 from kvcache.kv_store import KVStore
 from partition.meta_model import ATTENTION_NAME, bind_attention, build_meta_model, find_layers
 from partition.profile import AttentionKind, ModelProfile, Unit, UnitKind
@@ -100,8 +102,11 @@ class StageModel:
 
         return run
 
-    def attach(self, weights: Weights, kv: KVStore, resident: set[str]) -> None:
-        """Connect the stage to its bytes. ``resident`` units stay on the device and are bound once."""
+    def attach(
+        self, weights: Weights, kv: KVStore, resident: set[str], device_arena: Arena
+    ) -> None:
+        """Connect the stage to its bytes. ``resident`` units stay on the device: they are bound once, and
+        packed for the CPU where it has a layout of its own."""
         self._weights, self._kv = weights, kv
         self._attention = PagedAttention(kv)
         bind_attention(self.model, self._attention)
@@ -109,12 +114,21 @@ class StageModel:
             if unit.kind is UnitKind.EMBEDDING:
                 continue
             if unit.name in resident:
-                self._bind(unit.name, weights.acquire(unit.name))
+                tensors = weights.acquire(unit.name)
+                self._bind(unit.name, tensors)
+                self._pack(unit.name, tensors, device_arena)
             else:
                 for module in self._entries(unit):
                     module.register_forward_pre_hook(self._entering(unit.name))
         if self.is_first:
             self._hook_embedding()
+
+    def _pack(self, unit: str, tensors: dict[str, torch.Tensor], arena: Arena) -> None:
+        embedding = _path_of(self.model, self.model.get_input_embeddings()) + ".weight"
+        for module, leaf, name in self._slots[unit]:
+            is_read_by_rows = self.is_first and name == embedding
+            if leaf == "weight" and not is_read_by_rows and can_pack(module, tensors[name]):
+                pack(module, tensors[name], arena)  # type: ignore[arg-type]
 
     def _entries(self, unit: Unit) -> list[nn.Module]:
         """The modules whose call begins the use of ``unit``: a layer's children, or the head."""
@@ -122,7 +136,7 @@ class StageModel:
         if unit.kind is UnitKind.HEAD:
             return [self.model.get_output_embeddings()]
         layer = self._layers[unit.layer]  # type: ignore[index]
-        prefix = next(name for name, module in self.model.named_modules() if module is layer)
+        prefix = _path_of(self.model, layer)
         return [
             child
             for name, child in layer.named_children()
@@ -157,7 +171,7 @@ class StageModel:
     def _hook_embedding(self) -> None:
         """Look the pass's rows up wherever the matrix lies, and let the module see only those."""
         embedding = self.model.get_input_embeddings()
-        name = next(n for n, m in self.model.named_modules() if m is embedding) + ".weight"
+        name = _path_of(self.model, embedding) + ".weight"
         unit, spec = next(
             (unit, spec)
             for unit in reversed(self.units)
@@ -265,6 +279,10 @@ class StageModel:
         finally:
             self._injected = None
         return logits if self._accepts_rows else logits[rows]
+
+
+def _path_of(model: nn.Module, target: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is target)
 
 
 def _skipping(num_outputs: int) -> Callable[..., Any]:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from giantserve.models.collectives import TensorParallel
+from giantserve.models.linear import product
 from partition.profile import ModelProfile
 from partition.sharding import Deal, ShardRule, deal_ranges
 
@@ -76,7 +76,7 @@ def _sum_output(module: nn.Module, portions: _Portions) -> None:
         return
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        out = portions.group.all_reduce(F.linear(hidden, module.weight))
+        out = portions.group.all_reduce(product(module, hidden))
         return out if module.bias is None else out + module.bias
 
     module.forward = forward  # type: ignore[method-assign]
@@ -90,11 +90,15 @@ def _sum_split_input(module: nn.Module, portions: _Portions) -> None:
     module.forward = lambda hidden: summed(hidden[..., start:stop])  # type: ignore[method-assign]
 
 
-def _gather_output(module: nn.Module, portions: _Portions) -> None:
+def _gather_output(module: nn.Linear, portions: _Portions) -> None:
     """colwise_gather_output: every rank gets the whole output."""
-    split = module.forward
     sizes = portions.sizes
-    module.forward = lambda hidden: portions.group.all_gather(split(hidden), sizes)  # type: ignore[method-assign]
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        out = product(module, hidden)
+        return portions.group.all_gather(out if module.bias is None else out + module.bias, sizes)
+
+    module.forward = forward  # type: ignore[method-assign, assignment]
 
 
 def _sum_whole_output(module: nn.Module, portions: _Portions) -> None:

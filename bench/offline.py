@@ -1,0 +1,206 @@
+"""Offline speed on the 2.2 GB Llama shape (22 layers x 2048, 32 heads, 4 KV heads, vocabulary 32000, bf16).
+
+    python bench/offline.py resident          decode against transformers.generate, 128 in / 32 out
+    python bench/offline.py tensor-parallel   two single-threaded shards against one with two threads
+    python bench/offline.py streamed          90 % of the weights on NVMe against an I/O-only loop
+
+Every ratio is of two measurements that alternate within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+from report import header, spread
+from shapes import write_checkpoint
+
+from giantserve import LLM, SamplingParams
+from giantserve.config import EngineConfig
+from giantserve.planning import resolve
+from kvcache.arena import Arena
+from kvcache.storage import BACKENDS
+from kvcache.tier import Tier
+from partition import PartitionPlan
+
+SHAPE = "llama-2.2gb"
+PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32
+
+
+def prompts(batch: int) -> list[list[int]]:
+    """Distinct random prompts, so that no prefix is shared."""
+    generator = torch.Generator().manual_seed(time.time_ns() % (1 << 31))
+    return torch.randint(3, 32000, (batch, PROMPT_TOKENS), generator=generator).tolist()
+
+
+def decode_rate(llm: LLM, batch: int, output_tokens: int = OUTPUT_TOKENS) -> tuple[float, float]:
+    """(decode tokens/s after the first token of the last sequence, prefill seconds)."""
+    params = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
+    outputs = llm.generate(prompts(batch), params)
+    begin = max(output.time_to_first_token_s for output in outputs)
+    end = max(output.latency_s for output in outputs)
+    return batch * (output_tokens - 1) / (end - begin), begin
+
+
+@torch.inference_mode()
+def transformers_rate(model: transformers.PreTrainedModel, batch: int) -> tuple[float, float]:
+    """The same of transformers.generate, its first token timed by a call that stops there."""
+    ids = torch.tensor(prompts(batch))
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    times = []
+    for count in (1, OUTPUT_TOKENS):
+        begin = time.perf_counter()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, **options
+        )
+        times.append(time.perf_counter() - begin)
+    return batch * (OUTPUT_TOKENS - 1) / (times[1] - times[0]), times[0]
+
+
+def resident(folder: Path, rounds: int) -> None:
+    """All weights on the device; ours and transformers in turn."""
+    path = write_checkpoint(SHAPE, folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    print(header("Offline decode, all resident"))
+    print("| batch | ours tok/s | transformers tok/s | ratio | prefill s ours | prefill s transformers |")
+    print("|---|---|---|---|---|---|")
+    with LLM(path, nvme_dir=folder / "nvme", max_model_len=512) as llm:
+        for batch in (1, 8, 32):
+            decode_rate(llm, batch)
+            transformers_rate(model, batch)
+            pairs = [(decode_rate(llm, batch), transformers_rate(model, batch)) for _ in range(rounds)]
+            ours, theirs = zip(*pairs, strict=True)
+            ratios = [a[0] / b[0] for a, b in pairs]
+            print(
+                f"| {batch} | {spread([r[0] for r in ours], 1)} | {spread([r[0] for r in theirs], 1)} "
+                f"| {spread(ratios, 2)} | {spread([r[1] for r in ours])} "
+                f"| {spread([r[1] for r in theirs])} |",
+                flush=True,
+            )
+        print(f"\nroofline fraction: {llm.stats()['roofline_fraction']:.2f}")
+
+
+def tensor_parallel(folder: Path, rounds: int) -> None:
+    """Two single-threaded shards against one shard with two threads."""
+    path = write_checkpoint(SHAPE, folder)
+    options = {"nvme_dir": folder / "nvme", "max_model_len": 512}
+    print(header("Tensor parallelism over two processes"))
+    print("| batch | TP 2 x 1 thread tok/s | TP 1 x 2 threads tok/s | ratio |")
+    print("|---|---|---|---|")
+    split = LLM(path, tensor_parallel=2, threads_per_shard=1, device_memory="6GiB", **options)
+    with split, LLM(path, threads_per_shard=2, device_memory="6GiB", **options) as whole:
+        for batch in (1, 8, 32):
+            decode_rate(split, batch)
+            decode_rate(whole, batch)
+            pairs = [(decode_rate(split, batch)[0], decode_rate(whole, batch)[0]) for _ in range(rounds)]
+            print(
+                f"| {batch} | {spread([p[0] for p in pairs], 1)} | {spread([p[1] for p in pairs], 1)} "
+                f"| {spread([a / b for a, b in pairs], 2)} |",
+                flush=True,
+            )
+
+
+def streamed_plan(path: Path, nvme_dir: Path, share: float) -> PartitionPlan:
+    """The planner's own plan for a device that holds all but ``share`` of the weights, and no host memory."""
+    config = EngineConfig(model=str(path), nvme_dir=nvme_dir, max_model_len=512, max_num_seqs=64)
+    full = resolve(config)
+    weights = full.profile.num_bytes
+    low, high = 0, 4 * weights
+    while high - low > 1 << 20:
+        middle = (low + high) // 2
+        try:
+            plan = resolve(replace(config, device_memory=middle, host_memory=0)).plan
+        except ValueError:
+            low = middle
+            continue
+        if plan.shards[0].weight_bytes(Tier.NVME) > share * weights:
+            low = middle
+        else:
+            high = middle
+    return resolve(replace(config, device_memory=high, host_memory=0)).plan
+
+
+def io_loop(plan: PartitionPlan, nvme_dir: Path) -> Callable[[], float]:
+    """A function that reads the plan's streamed units once, as fast as the backend goes; seconds."""
+    (index_path,) = (nvme_dir / "weights").glob("*.json")
+    index = json.loads(index_path.read_text())
+    units = {unit["name"]: unit for unit in index["units"]}
+    names = [
+        p.unit
+        for p in plan.shards[0].placements
+        if p.tier is Tier.NVME and p.unit != "embedding"
+    ]
+    extents = [(units[name]["offset"], units[name]["num_bytes"]) for name in names]
+    backend = BACKENDS["posix"]()
+    file = backend.open(next((nvme_dir / "weights").glob("*.weights")))
+    arena = Arena(Tier.DEVICE, 4 * max(size for _, size in extents), torch.device("cpu"))
+    buffers = [arena.allocate(max(size for _, size in extents)) for _ in range(4)]
+
+    def run() -> float:
+        begin = time.perf_counter()
+        flying = []
+        for number, (offset, size) in enumerate(extents):
+            if len(flying) == len(buffers):
+                flying.pop(0).result()
+            flying.append(backend.submit(file, offset, buffers[number % len(buffers)][:size]))
+        for future in flying:
+            future.result()
+        return time.perf_counter() - begin
+
+    return run
+
+
+def streamed(folder: Path, rounds: int) -> None:
+    """90 % of the weights on NVMe: a decode pass against reading the same bytes and nothing else."""
+    path = write_checkpoint(SHAPE, folder)
+    nvme_dir = folder / "nvme-streamed"
+    plan = streamed_plan(path, nvme_dir, 0.9)
+    moved = sum(
+        p.num_bytes for p in plan.shards[0].placements if p.tier is Tier.NVME and p.unit != "embedding"
+    )
+    print(header("Decode with 90 % of the weights on NVMe"))
+    print(f"plan: {plan.reason}; {moved / 1e9:.2f} GB read a pass\n")
+    print("| batch | pass s | I/O-only s | ratio | GB/s of the pass | fraction of the ceiling |")
+    print("|---|---|---|---|---|---|")
+    with LLM(path, plan=plan, nvme_dir=nvme_dir, max_model_len=512) as llm:
+        read = io_loop(plan, nvme_dir)
+        read()
+        for batch in (1, 8, 32, 64):
+            rows = []
+            for _ in range(rounds):
+                ceiling = statistics.median(read() for _ in range(3))
+                rate, _ = decode_rate(llm, batch, 9)
+                rows.append((batch / rate, ceiling))
+            print(
+                f"| {batch} | {spread([p for p, _ in rows])} | {spread([c for _, c in rows])} "
+                f"| {spread([p / c for p, c in rows], 2)} | {spread([moved / p / 1e9 for p, _ in rows], 2)} "
+                f"| {spread([c / p for p, c in rows], 2)} |",
+                flush=True,
+            )
+
+
+MODES = {"resident": resident, "tensor-parallel": tensor_parallel, "streamed": streamed}
+
+
+def main() -> None:
+    """Run one mode."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("--folder", type=Path, default=Path(".bench"), help="where checkpoints are kept")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    MODES[options.mode](options.folder.absolute(), options.rounds)
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    main()
