@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from giantserve.config import EngineConfig
 from giantserve.engine import Engine
 from giantserve.errors import EngineDeadError, GiantserveError
+from giantserve.executor.launcher import Launcher
 from giantserve.executor.messages import LoadProgress
 from giantserve.outputs import StreamDelta
 from giantserve.sampling_params import SamplingParams
@@ -17,18 +19,29 @@ from giantserve.tokenizer import Tokenizer
 from partition.plan import PartitionPlan
 
 HEALTH_TIMEOUT_S = 60.0
+Item = StreamDelta | GiantserveError
 
 
 class AsyncEngine:
-    """Wraps an `Engine`. Construction blocks until the model is loaded."""
+    """Wraps an `Engine`. Construction blocks until the model is loaded.
+
+    The deltas of one pass reach the event loop in one wake-up, however many requests they belong
+    to, and while the next pass runs.
+    """
 
     def __init__(
         self,
         config: EngineConfig,
         *,
+        plan: PartitionPlan | None = None,
         on_progress: Callable[[int, LoadProgress], None] = lambda rank, progress: None,
+        launcher: Launcher | None = None,
     ) -> None:
-        self._engine = Engine(config, on_progress=on_progress)
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Item], Item]]] = {}
+        """Filled and emptied by the engine's thread alone."""
+        self._engine = Engine(
+            config, plan=plan, on_progress=on_progress, launcher=launcher, flush=self._flush
+        )
         self.config = self._engine.config
 
     @property
@@ -61,16 +74,18 @@ class AsyncEngine:
         priority: int = 0,
         deadline_s: float | None = None,
     ) -> AsyncIterator[StreamDelta]:
-        """Yield the request's deltas as they come. Closing the iterator, or cancelling the task that
-        awaits it, aborts the request and frees its blocks.
+        """Yield the request's deltas as they come.
+
+        Closing the iterator, or cancelling the task that awaits it, aborts the request and frees
+        its blocks.
 
         Raises QueueFullError, InvalidRequestError or EngineDeadError.
         """
         loop = asyncio.get_running_loop()
-        deltas: asyncio.Queue[StreamDelta | GiantserveError] = asyncio.Queue()
+        deltas: asyncio.Queue[Item] = asyncio.Queue()
 
-        def sink(item: StreamDelta | GiantserveError) -> None:
-            loop.call_soon_threadsafe(deltas.put_nowait, item)
+        def sink(item: Item) -> None:
+            self._outbox.setdefault(loop, []).append((deltas, item))
 
         self._engine.submit(
             request_id,
@@ -94,6 +109,12 @@ class AsyncEngine:
             if not ended:
                 self._engine.abort(request_id)
 
+    def _flush(self) -> None:
+        for loop, items in self._outbox.items():
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and its requests with it
+                loop.call_soon_threadsafe(_deliver, items)
+        self._outbox.clear()
+
     async def check_health(self) -> None:
         """Generate one token; raises EngineDeadError where none comes back."""
         if self._engine.failure is not None:
@@ -115,3 +136,8 @@ class AsyncEngine:
     async def close(self) -> None:
         """End the engine and its shards."""
         await asyncio.to_thread(self._engine.close)
+
+
+def _deliver(items: list[tuple[asyncio.Queue[Item], Item]]) -> None:
+    for deltas, item in items:
+        deltas.put_nowait(item)

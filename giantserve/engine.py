@@ -61,7 +61,8 @@ class Engine:
     """Runs one replica. Construction blocks until the model is loaded; `close` ends it.
 
     ``plan`` is run in place of the planner's own; ``launcher`` starts the workers and outlives the engine.
-    `submit` and `abort` may be called from any thread.
+    `submit` and `abort` may be called from any thread. ``flush`` is called from the engine's thread once
+    the sinks have been fed what a pass brought and the next pass runs, so that a sink can collect.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Engine:
         plan: PartitionPlan | None = None,
         on_progress: Callable[[int, LoadProgress], None] = lambda rank, progress: None,
         launcher: Launcher | None = None,
+        flush: Callable[[], None] = lambda: None,
     ) -> None:
         resolution = resolve(config)
         self.config, self.profile = resolution.config, resolution.profile
@@ -102,6 +104,7 @@ class Engine:
         self._tickets: dict[str, _Ticket] = {}
         self._by_sequence: dict[int, _Ticket] = {}
         self._in_flight = 0
+        self._flush = flush
         self._failure: GiantserveError | None = None
         self._stopping = False
         self.counters = EngineStats(resolution.bandwidths)
@@ -152,6 +155,8 @@ class Engine:
                 request_id, tuple(prompt_token_ids), params, sink, tenant, priority, arrival, deadline_s
             )
         )
+        if self._failure is not None:  # it ended meanwhile, perhaps without seeing this request
+            raise EngineDeadError(str(self._failure))
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks; nothing more goes to its sink."""
@@ -159,6 +164,8 @@ class Engine:
 
     def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
         """Plain data on queues, KV blocks, tokens, and bytes by tier and direction on every shard."""
+        if self._failure is not None:
+            raise EngineDeadError(str(self._failure))
         answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._enqueue(lambda: self._collect(answer))
         try:
@@ -189,6 +196,7 @@ class Engine:
             while not self._stopping:
                 self._drain_inbox()
                 self._fill_pipeline()
+                self._flush()
                 for result in self._executor.results(None if self._in_flight else IDLE_TIMEOUT_S):
                     self._in_flight -= 1
                     self._take(result)
@@ -370,3 +378,4 @@ class Engine:
             ticket.sink(EngineDeadError(str(error)))
         self._tickets.clear()
         self._by_sequence.clear()
+        self._flush()
