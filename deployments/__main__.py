@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import httpx
 
+from deployments.session import in_own_session
 from deployments.tuning import tune
 from giantserve.errors import ConfigError, EngineDeadError, GiantserveError
 from partition.errors import PlanError
@@ -84,7 +85,10 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
     from ray.serve.schema import LoggingConfig
 
     from deployments.app import APP_NAME, build_app
+    from deployments.loading import shown_loading
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("deployments").setLevel(logging.INFO)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     app = build_app(options)
     started_s = time.monotonic()
@@ -106,7 +110,8 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
             ),
             logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         )
-        _run(app)
+        with shown_loading():
+            _run(app)
         url = f"http://{_reachable(arguments.host)}:{arguments.port}"
         _wait_until_routed(url)
         print(f"ready: {url}/v1 after {time.monotonic() - started_s:.1f} s", flush=True)
@@ -170,4 +175,4 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_own_session(main))

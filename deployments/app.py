@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ from giantserve.planning import plan_for
 
 APP_NAME = "giantserve"
 
+logger = logging.getLogger(__name__)
+
 
 def build_app(args: Mapping[str, Any]) -> serve.Application:
     """Plan the model and bind one deployment whose replicas each own an engine and its shards.
@@ -28,6 +31,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     config, options = parse_args(args)
     config = replace(config, executor="ray")
     plan = plan_for(config)
+    logger.info("plan: %s", " ".join(plan.reason.split()))
     config = replace(
         config, tensor_parallel=plan.tensor_parallel, pipeline_parallel=plan.pipeline_parallel
     )

@@ -38,7 +38,7 @@ class DeploymentOptions:
     max_ongoing_requests: int = 4096
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     api_key: str | None = field(default=None, repr=False)
-    health_check_period_s: float = 10.0
+    health_check_period_s: float = 2.0
     health_check_timeout_s: float = 60.0
     drain_timeout_s: float = 60.0
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 
+from deployments.loading import LoadingReport
 from deployments.metrics import RayMetrics
 from deployments.options import DeploymentOptions
 from giantserve.api.app import create_app
 from giantserve.config import EngineConfig
+from giantserve.errors import EngineDeadError
 
 STATS_PERIOD_S = 5.0
+TOKEN_PERIOD_S = 30.0
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,10 +33,16 @@ class Replica:
         from giantserve.async_engine import AsyncEngine
 
         self._options = options
-        self._engine = AsyncEngine(config)
+        loading = LoadingReport(serve.get_replica_context().replica_id.unique_id)
+        try:
+            self._engine = AsyncEngine(config, on_progress=loading)
+        finally:
+            loading.close()
         self._metrics = RayMetrics(self._engine.model_name)
         self._reporting: asyncio.Task[None] | None = None
-        logger.info("serving %s", self._engine.model_name)
+        self._last_token_s = time.monotonic()
+        reason = " ".join(self._engine.plan.reason.split())
+        logger.info("serving %s: %s", self._engine.model_name, reason)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         self._reporting = asyncio.get_running_loop().create_task(self._report())
@@ -44,15 +54,23 @@ class Replica:
         )
 
     async def check_health(self) -> None:
-        """Serve replaces a replica that cannot make a token."""
-        await self._engine.check_health()
+        """Serve replaces a replica that cannot make a token.
+
+        A dead engine is found at every check; a real token is asked for less often, since with
+        weights on a disk it costs a pass over all of them.
+        """
+        if self._engine.failure is not None:
+            raise EngineDeadError(str(self._engine.failure))
+        if time.monotonic() - self._last_token_s >= TOKEN_PERIOD_S:
+            await self._engine.check_health()
+            self._last_token_s = time.monotonic()
 
     async def stats(self) -> dict[str, Any]:
         """The engine's statistics, through a Serve handle."""
         return await self._engine.stats()
 
     async def _report(self) -> None:
-        while True:
+        while self._engine.failure is None:
             self._metrics.engine_stats(await self._engine.stats())
             await asyncio.sleep(STATS_PERIOD_S)
 

@@ -64,6 +64,11 @@ class AsyncEngine:
         """The model's tokenizer; None where the checkpoint has none."""
         return self._engine.tokenizer
 
+    @property
+    def failure(self) -> GiantserveError | None:
+        """What ended the engine, or None while it is well."""
+        return self._engine.failure
+
     async def generate(
         self,
         prompt_token_ids: Sequence[int],

@@ -1,8 +1,12 @@
-"""Workers as Ray actors. Ray places, starts and watches them; passes go over the workers' own connections."""
+"""Workers as Ray actors.
+
+Ray places, starts and watches them; passes go over the workers' own connections.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from typing import Any
 
@@ -10,18 +14,20 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from giantserve.errors import EngineDeadError
 from giantserve.executor.base import Executor, ProgressCallback
 from giantserve.shard_spec import ShardSpec
 
 PLACEMENT_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
+OBJECT_STORE_BYTES = 128 << 20
 
 
 class ShardActor:
     """Hosts one worker. `run` lasts as long as the worker does."""
 
     def node_ip(self) -> str:
-        return str(ray.util.get_node_ip_address())
+        return _node_ip()
 
     def pid(self) -> int:
         return os.getpid()
@@ -33,21 +39,24 @@ class ShardActor:
 
 
 class RayExecutor(Executor):
-    """One actor a shard. Inside a Serve replica the actors go to bundles 1, 2, ... of the replica's own
-    placement group; elsewhere a group is made, and removed at the end."""
+    """One actor a shard, which asks for what its bundle holds.
+
+    Inside a Serve replica the actors go to bundles 1, 2, ... of the replica's own placement group;
+    elsewhere a group is made, and removed at the end, as is a Ray that had to be started.
+    """
 
     def __init__(self, specs: list[ShardSpec], on_progress: ProgressCallback) -> None:
-        if not ray.is_initialized():
-            ray.init(address="auto" if os.environ.get("RAY_ADDRESS") else "local")
+        self._own_ray = not ray.is_initialized()
+        if self._own_ray:
+            _start_ray()
         self._gpus = 1 if specs[0].device.startswith("cuda") else 0
         if self._gpus:  # each actor sees the one GPU that Ray gave it
             specs = [_on_only_device(spec) for spec in specs]
-        self._cpus = specs[0].num_threads
         self._own_group: PlacementGroup | None = None
         self._actors: list[Any] = []
         self._runs: list[ray.ObjectRef[None]] = []
         self._hosts: list[str] = []
-        super().__init__(specs, str(ray.util.get_node_ip_address()), on_progress)
+        super().__init__(specs, _node_ip(), on_progress)
 
     def _start_workers(self, address: tuple[str, int], authkey: bytes, count: int) -> None:
         group, first_bundle = self._placement(count)
@@ -56,7 +65,8 @@ class RayExecutor(Executor):
                 placement_group=group, placement_group_bundle_index=first_bundle + rank
             )
             bundle = group.bundle_specs[first_bundle + rank]
-            actor_class = ray.remote(
+            remote: Any = ray.remote
+            actor_class = remote(
                 num_cpus=bundle.get("CPU", 0),
                 num_gpus=bundle.get("GPU", 0),
                 max_restarts=0,
@@ -64,8 +74,9 @@ class RayExecutor(Executor):
                 scheduling_strategy=strategy,
             )(ShardActor)
             self._actors.append(actor_class.remote())
-        self._hosts = ray.get(
-            [actor.node_ip.remote() for actor in self._actors], timeout=PLACEMENT_TIMEOUT_S
+        self._hosts = _in_time(
+            [actor.node_ip.remote() for actor in self._actors],
+            f"the actors of {count} shards did not start",
         )
         self._runs = [
             actor.run.remote(address, authkey, rank) for rank, actor in enumerate(self._actors)
@@ -77,7 +88,7 @@ class RayExecutor(Executor):
             return current, 1
         bundle: dict[str, float] = {"CPU": 1.0, "GPU": 1.0} if self._gpus else {"CPU": 0.001}
         self._own_group = placement_group([bundle] * count, strategy="PACK")
-        ray.get(self._own_group.ready(), timeout=PLACEMENT_TIMEOUT_S)
+        _in_time(self._own_group.ready(), f"Ray found no room for {count} x {bundle}")
         return self._own_group, 0
 
     @property
@@ -106,6 +117,38 @@ class RayExecutor(Executor):
         if self._own_group is not None:
             remove_placement_group(self._own_group)
             self._own_group = None
+        if self._own_ray:
+            self._own_ray = False
+            ray.shutdown()
+
+
+def _start_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names; without one, a Ray of this process alone."""
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        return
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _node_ip() -> str:
+    get: Any = ray.util.get_node_ip_address
+    return str(get())
+
+
+def _in_time(refs: Any, what: str) -> Any:
+    try:
+        return ray.get(refs, timeout=PLACEMENT_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        free: Any = ray.available_resources
+        raise EngineDeadError(
+            f"{what} within {PLACEMENT_TIMEOUT_S:.0f} s; the cluster has {free()} free"
+        ) from None
 
 
 def _on_only_device(spec: ShardSpec) -> ShardSpec:
