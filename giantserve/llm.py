@@ -15,19 +15,18 @@ from giantserve.errors import ConfigError, GiantserveError, InvalidRequestError
 from giantserve.executor.launcher import Launcher
 from giantserve.executor.messages import LoadProgress
 from giantserve.outputs import Completion, RequestOutput, StreamDelta
+from giantserve.prompt_ids import Prompt, as_batch, check_token_ids
 from giantserve.sampling_params import SamplingParams
 from giantserve.units import parse_bytes
 from partition.plan import PartitionPlan
-
-Prompt = str | Sequence[int]
 
 
 class LLM:
     """A model held in a replica on this machine (``executor="local"``) or on Ray (``"ray"``).
 
-    Memory sizes are bytes or strings such as "2GiB", per shard; whatever is left out the planner chooses
-    from the machine. ``options`` are the other fields of `EngineConfig`; ``plan`` is run in place of the
-    planner's own. Use it as a context manager, or call `close`.
+    Memory sizes are bytes or strings such as "2GiB", per shard; whatever is left out the planner
+    chooses from the machine. ``options`` are the other fields of `EngineConfig`; ``plan`` is run in
+    place of the planner's own. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -76,42 +75,38 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete every prompt (text, or token ids); outputs come in the order of the prompts.
 
-        ``params`` is one for all or one a prompt. Raises InvalidRequestError before anything runs, and
-        whatever ends the engine.
+        ``params`` is one for all or one a prompt. Raises InvalidRequestError before anything runs,
+        and whatever ends the engine.
         """
-        batch = _as_batch(prompts)
+        batch = as_batch(prompts)
         each = _as_params(params, len(batch))
         self._num_calls += 1
         inbox: queue.SimpleQueue[tuple[int, float, StreamDelta | GiantserveError]]
         inbox = queue.SimpleQueue()
         ids = [self._token_ids(prompt) for prompt in batch]
-        for token_ids in ids:
-            if len(token_ids) >= self.max_model_len:
-                raise InvalidRequestError(
-                    f"a prompt of {len(token_ids)} tokens leaves no room in the context of "
-                    f"{self.max_model_len}; shorten it or raise max_model_len"
-                )
+        for own in each:
+            own.check_vocab(self._engine.profile.vocab_size)
         started = time.monotonic()
         outputs: list[RequestOutput] = []
-        for index, (prompt, token_ids, own) in enumerate(zip(batch, ids, each, strict=True)):
-            request_id = f"{self._num_calls}-{index}"
-            outputs.append(
-                RequestOutput(
-                    request_id=request_id,
-                    prompt=prompt if isinstance(prompt, str) else None,
-                    prompt_token_ids=list(token_ids),
-                    choices=[Completion(index=i) for i in range(own.n)],
-                )
-            )
-            self._engine.submit(
-                request_id,
-                token_ids,
-                own,
-                lambda item, i=index: inbox.put((i, time.monotonic(), item)),  # type: ignore[misc]
-                tenant=tenant,
-            )
         left = len(batch)
         try:
+            for index, (prompt, token_ids, own) in enumerate(zip(batch, ids, each, strict=True)):
+                request_id = f"{self._num_calls}-{index}"
+                outputs.append(
+                    RequestOutput(
+                        request_id=request_id,
+                        prompt=prompt if isinstance(prompt, str) else None,
+                        prompt_token_ids=list(token_ids),
+                        choices=[Completion(index=i) for i in range(own.n)],
+                    )
+                )
+                self._engine.submit(
+                    request_id,
+                    token_ids,
+                    own,
+                    lambda item, i=index: inbox.put((i, time.monotonic(), item)),  # type: ignore[misc]
+                    tenant=tenant,
+                )
             while left:
                 index, now, item = inbox.get()
                 if isinstance(item, GiantserveError):
@@ -133,7 +128,8 @@ class LLM:
         return self.generate([self._engine.tokenizer.render_chat(messages)], params)[0]
 
     def stats(self) -> dict[str, Any]:
-        """Plain data: queues, KV blocks, tokens, bytes by tier and direction, GB/s, roofline fraction."""
+        """Plain data: queues, KV blocks, tokens, bytes by tier and direction, GB/s, and the
+        fraction of the roofline."""
         return self._engine.stats()
 
     def close(self) -> None:
@@ -151,26 +147,22 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _token_ids(self, prompt: Prompt) -> Sequence[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self._engine.tokenizer is None:
-            raise InvalidRequestError("this model has no tokenizer; pass token ids instead of text")
-        return self._engine.tokenizer.encode(prompt)
+    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            if self._engine.tokenizer is None:
+                raise InvalidRequestError(
+                    "this model has no tokenizer; pass token ids instead of text"
+                )
+            prompt = self._engine.tokenizer.encode(prompt)
+        return check_token_ids(prompt, self._engine.profile.vocab_size, self.max_model_len)
 
 
 def _bytes(name: str, value: int | str | None) -> int | None:
     if isinstance(value, str):
         value = parse_bytes(value)
-    if value is not None and value < 0:
-        raise ConfigError(f"{name} is {value}; give a size of at least 0 bytes")
+    if value is not None and (not isinstance(value, int) or value < 0):
+        raise ConfigError(f"{name} is {value}; give a whole number of at least 0 bytes")
     return value
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
 
 
 def _as_params(
@@ -179,5 +171,7 @@ def _as_params(
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
-        raise InvalidRequestError(f"{len(params)} sampling params for {count} prompts; give one a prompt")
+        raise InvalidRequestError(
+            f"{len(params)} sampling params for {count} prompts; give one a prompt"
+        )
     return list(params)

@@ -39,6 +39,7 @@ LIGHT = (
     "giantserve.options",
     "giantserve.outputs",
     "giantserve.planning",
+    "giantserve.prompt_ids",
     "giantserve.request",
     "giantserve.request_queue",
     "giantserve.sampling_params",
