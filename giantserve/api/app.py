@@ -53,6 +53,7 @@ def create_app(
     app = FastAPI(title="giantserve", docs_url=None, redoc_url=None, openapi_url=None)
     routes = Routes(engine, max_body_bytes, metrics or NoMetrics())
     app.add_api_route("/health", routes.health, methods=["GET"])
+    app.add_api_route("/stats", routes.stats, methods=["GET"])
     app.add_api_route("/v1/models", routes.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"])
     app.add_api_route("/v1/completions", routes.completions, methods=["POST"])
@@ -90,6 +91,14 @@ class Routes:
             return JSONResponse({"status": "ok"})
 
         return await self._answer(request, "/health", work)
+
+    async def stats(self, request: Request) -> Response:
+        """The engine's counters: queues, KV blocks, tokens, bytes moved by tier."""
+
+        async def work() -> Response:
+            return JSONResponse(await self._engine.stats())
+
+        return await self._answer(request, "/stats", work)
 
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_card()]})

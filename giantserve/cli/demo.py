@@ -1,10 +1,19 @@
-"""``giantserve demo``: a model over its device budget, from nothing to answers."""
+"""``giantserve demo``: a model over its budgets, from nothing to answers."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
 
-def demo() -> None:
-    """Write a small random model, plan it over three tiers, serve it on Ray, and ask it."""
+import typer
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the model is kept.")] = Path(".demo"),
+    model_size: Annotated[str, typer.Option(help="full (1.5 GB) or small (80 MB).")] = "full",
+    keep: Annotated[bool, typer.Option("--keep", help="Serve on, until Ctrl-C.")] = False,
+) -> None:
+    """Write a random model, plan it over three tiers, serve it on Ray, and ask it."""
     from giantserve.demo import run_demo
 
-    run_demo()
+    run_demo(folder, model_size, keep)

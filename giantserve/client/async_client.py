@@ -150,6 +150,10 @@ class AsyncClient:
         """The names of the models that the server serves."""
         return [card["id"] for card in (await self._get("/v1/models"))["data"]]
 
+    async def stats(self) -> dict[str, Any]:
+        """The engine's counters: queues, KV blocks, tokens, bytes moved by tier."""
+        return await self._get("/stats")
+
     async def health(self) -> None:
         """Return when the server made a real token; raise EngineDeadError when it cannot."""
         response = await self._http.get("/health")

@@ -140,6 +140,10 @@ class Client:
         """The names of the models that the server serves."""
         return [card["id"] for card in self._get("/v1/models")["data"]]
 
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters: queues, KV blocks, tokens, bytes moved by tier."""
+        return self._get("/stats")
+
     def health(self) -> None:
         """Return when the server made a real token; raise EngineDeadError when it cannot."""
         response = self._http.get("/health")

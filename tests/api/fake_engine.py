@@ -119,6 +119,9 @@ class FakeEngine:
             usage=usage if last and index == params.n - 1 else None,
         )
 
+    async def stats(self) -> dict[str, Any]:
+        return {"generated_tokens": 7, "calls": len(self.calls)}
+
     async def check_health(self) -> None:
         if self.error is not None:
             raise self.error
