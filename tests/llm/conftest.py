@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer, an engine that holds it, and transformers' own copy as the oracle."""
+"""A tiny Llama with a tokenizer, an engine that holds it, and transformers as the oracle."""
 
 from __future__ import annotations
 
