@@ -1,8 +1,9 @@
-"""Offline speed on the 2.2 GB Llama shape (22 layers x 2048, 32 heads, 4 KV heads, vocabulary 32000, bf16).
+"""Offline speed on the 2.2 GB Llama shape (22 layers x 2048, 32 heads, 4 KV heads, vocabulary
+32000, bf16).
 
-    python bench/offline.py resident          decode against transformers.generate, 128 in / 32 out
-    python bench/offline.py tensor-parallel   two single-threaded shards against one with two threads
-    python bench/offline.py streamed          90 % of the weights on NVMe against an I/O-only loop
+python bench/offline.py resident          decode against transformers.generate, 128 in / 32 out
+python bench/offline.py tensor-parallel   two single-threaded shards against one with two threads
+python bench/offline.py streamed          90 % of the weights on NVMe against an I/O-only loop
 
 Every ratio is of two measurements that alternate within one run.
 """
@@ -58,7 +59,11 @@ def transformers_rate(model: transformers.PreTrainedModel, batch: int) -> tuple[
     for count in (1, OUTPUT_TOKENS):
         begin = time.perf_counter()
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, **options
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            **options,
         )
         times.append(time.perf_counter() - begin)
     return batch * (OUTPUT_TOKENS - 1) / (times[1] - times[0]), times[0]
@@ -69,17 +74,20 @@ def resident(folder: Path, rounds: int) -> None:
     path = write_checkpoint(SHAPE, folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
     print(header("Offline decode, all resident"))
-    print("| batch | ours tok/s | transformers tok/s | ratio | prefill s ours | prefill s transformers |")
+    print("| batch | ours tok/s | transformers tok/s | ratio | prefill s | transformers s |")
     print("|---|---|---|---|---|---|")
     with LLM(path, nvme_dir=folder / "nvme", max_model_len=512) as llm:
         for batch in (1, 8, 32):
             decode_rate(llm, batch)
             transformers_rate(model, batch)
-            pairs = [(decode_rate(llm, batch), transformers_rate(model, batch)) for _ in range(rounds)]
+            pairs = [
+                (decode_rate(llm, batch), transformers_rate(model, batch)) for _ in range(rounds)
+            ]
             ours, theirs = zip(*pairs, strict=True)
             ratios = [a[0] / b[0] for a, b in pairs]
             print(
-                f"| {batch} | {spread([r[0] for r in ours], 1)} | {spread([r[0] for r in theirs], 1)} "
+                f"| {batch} | {spread([r[0] for r in ours], 1)} "
+                f"| {spread([r[0] for r in theirs], 1)} "
                 f"| {spread(ratios, 2)} | {spread([r[1] for r in ours])} "
                 f"| {spread([r[1] for r in theirs])} |",
                 flush=True,
@@ -99,16 +107,20 @@ def tensor_parallel(folder: Path, rounds: int) -> None:
         for batch in (1, 8, 32):
             decode_rate(split, batch)
             decode_rate(whole, batch)
-            pairs = [(decode_rate(split, batch)[0], decode_rate(whole, batch)[0]) for _ in range(rounds)]
+            pairs = [
+                (decode_rate(split, batch)[0], decode_rate(whole, batch)[0]) for _ in range(rounds)
+            ]
             print(
-                f"| {batch} | {spread([p[0] for p in pairs], 1)} | {spread([p[1] for p in pairs], 1)} "
+                f"| {batch} | {spread([p[0] for p in pairs], 1)} "
+                f"| {spread([p[1] for p in pairs], 1)} "
                 f"| {spread([a / b for a, b in pairs], 2)} |",
                 flush=True,
             )
 
 
 def streamed_plan(path: Path, nvme_dir: Path, share: float) -> PartitionPlan:
-    """The planner's own plan for a device that holds all but ``share`` of the weights, and no host memory."""
+    """The planner's own plan for a device that holds all but ``share`` of the weights, and no host
+    memory."""
     config = EngineConfig(model=str(path), nvme_dir=nvme_dir, max_model_len=512, max_num_seqs=64)
     full = resolve(config)
     weights = full.profile.num_bytes
@@ -128,14 +140,13 @@ def streamed_plan(path: Path, nvme_dir: Path, share: float) -> PartitionPlan:
 
 
 def io_loop(plan: PartitionPlan, nvme_dir: Path) -> Callable[[], float]:
-    """A function that reads the plan's streamed units once, as fast as the backend goes; seconds."""
+    """A function that reads the plan's streamed units once, as fast as the backend goes;
+    seconds."""
     (index_path,) = (nvme_dir / "weights").glob("*.json")
     index = json.loads(index_path.read_text())
     units = {unit["name"]: unit for unit in index["units"]}
     names = [
-        p.unit
-        for p in plan.shards[0].placements
-        if p.tier is Tier.NVME and p.unit != "embedding"
+        p.unit for p in plan.shards[0].placements if p.tier is Tier.NVME and p.unit != "embedding"
     ]
     extents = [(units[name]["offset"], units[name]["num_bytes"]) for name in names]
     backend = BACKENDS["posix"]()
@@ -158,12 +169,15 @@ def io_loop(plan: PartitionPlan, nvme_dir: Path) -> Callable[[], float]:
 
 
 def streamed(folder: Path, rounds: int) -> None:
-    """90 % of the weights on NVMe: a decode pass against reading the same bytes and nothing else."""
+    """90 % of the weights on NVMe: a decode pass against reading the same bytes and nothing
+    else."""
     path = write_checkpoint(SHAPE, folder)
     nvme_dir = folder / "nvme-streamed"
     plan = streamed_plan(path, nvme_dir, 0.9)
     moved = sum(
-        p.num_bytes for p in plan.shards[0].placements if p.tier is Tier.NVME and p.unit != "embedding"
+        p.num_bytes
+        for p in plan.shards[0].placements
+        if p.tier is Tier.NVME and p.unit != "embedding"
     )
     print(header("Decode with 90 % of the weights on NVMe"))
     print(f"plan: {plan.reason}; {moved / 1e9:.2f} GB read a pass\n")
@@ -180,7 +194,8 @@ def streamed(folder: Path, rounds: int) -> None:
                 rows.append((batch / rate, ceiling))
             print(
                 f"| {batch} | {spread([p for p, _ in rows])} | {spread([c for _, c in rows])} "
-                f"| {spread([p / c for p, c in rows], 2)} | {spread([moved / p / 1e9 for p, _ in rows], 2)} "
+                f"| {spread([p / c for p, c in rows], 2)} "
+                f"| {spread([moved / p / 1e9 for p, _ in rows], 2)} "
                 f"| {spread([c / p for p, c in rows], 2)} |",
                 flush=True,
             )
@@ -191,9 +206,13 @@ MODES = {"resident": resident, "tensor-parallel": tensor_parallel, "streamed": s
 
 def main() -> None:
     """Run one mode."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("mode", choices=MODES)
-    parser.add_argument("--folder", type=Path, default=Path(".bench"), help="where checkpoints are kept")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".bench"), help="where checkpoints are kept"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_S = 60.0
 Sink = Callable[[StreamDelta | GiantserveError], None]
-"""Takes a request's deltas in order, called from the engine's thread; an error is the last thing it takes."""
+"""Takes a request's deltas in order, called from the engine's thread; an error is the last thing it
+takes."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,9 +61,10 @@ class _Ticket:
 class Engine:
     """Runs one replica. Construction blocks until the model is loaded; `close` ends it.
 
-    ``plan`` is run in place of the planner's own; ``launcher`` starts the workers and outlives the engine.
-    `submit` and `abort` may be called from any thread. ``flush`` is called from the engine's thread once
-    the sinks have been fed what a pass brought and the next pass runs, so that a sink can collect.
+    ``plan`` is run in place of the planner's own; ``launcher`` starts the workers and outlives the
+    engine. `submit` and `abort` may be called from any thread. ``flush`` is called from the
+    engine's thread once the sinks have been fed what a pass brought and the next pass runs, so that
+    a sink can collect.
     """
 
     def __init__(
@@ -152,7 +154,14 @@ class Engine:
         arrival = time.monotonic()
         self._enqueue(
             lambda: self._admit(
-                request_id, tuple(prompt_token_ids), params, sink, tenant, priority, arrival, deadline_s
+                request_id,
+                tuple(prompt_token_ids),
+                params,
+                sink,
+                tenant,
+                priority,
+                arrival,
+                deadline_s,
             )
         )
         if self._failure is not None:  # it ended meanwhile, perhaps without seeing this request
@@ -163,7 +172,8 @@ class Engine:
         self._enqueue(lambda: self._abort(request_id))
 
     def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
-        """Plain data on queues, KV blocks, tokens, and bytes by tier and direction on every shard."""
+        """Plain data on queues, KV blocks, tokens, and bytes by tier and direction on every
+        shard."""
         if self._failure is not None:
             raise EngineDeadError(str(self._failure))
         answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()

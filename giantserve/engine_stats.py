@@ -13,7 +13,8 @@ from partition.bandwidths import Bandwidths
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counts since the engine started. ``bandwidths`` are what one shard's links were measured to reach."""
+    """Counts since the engine started. ``bandwidths`` are what one shard's links were measured to
+    reach."""
 
     bandwidths: Bandwidths
     started_s: float = field(default_factory=time.monotonic)
@@ -28,7 +29,8 @@ class EngineStats:
         """Plain data: queues, KV blocks, tokens, and per shard the bytes by tier and direction.
 
         ``roofline_fraction`` compares the time that the bytes moved must have taken at the measured
-        bandwidths, on the link that limits, with the time that the passes took; of the busiest shard.
+        bandwidths, on the link that limits, with the time that the passes took; of the busiest
+        shard.
         """
         busiest = max(shards.values(), key=lambda shard: shard["busy_s"])
         return {

@@ -1,17 +1,20 @@
-"""Every error a user can meet, each with the HTTP status it maps to. All survive pickling (Ray re-raises them)."""
+"""Every error a user can meet, each with the HTTP status it maps to. All survive pickling (Ray
+re-raises them)."""
 
 from __future__ import annotations
 
 
 class GiantserveError(Exception):
-    """Base of the project's errors. ``status_code`` is the HTTP status, ``error_type`` OpenAI's error type."""
+    """Base of the project's errors. ``status_code`` is the HTTP status, ``error_type`` OpenAI's
+    error type."""
 
     status_code = 500
     error_type = "server_error"
 
 
 class InvalidRequestError(GiantserveError, ValueError):
-    """The request asks for something that cannot be: a bad value, an unknown field, a prompt too long."""
+    """The request asks for something that cannot be: a bad value, an unknown field, a prompt too
+    long."""
 
     status_code = 400
     error_type = "invalid_request_error"
@@ -32,7 +35,8 @@ class ModelNotFoundError(GiantserveError):
 
 
 class QueueFullError(GiantserveError):
-    """Admission refused the request: the queue is full. Carries the seconds after which to retry."""
+    """Admission refused the request: the queue is full. Carries the seconds after which to
+    retry."""
 
     status_code = 429
     error_type = "rate_limit_error"
@@ -54,7 +58,8 @@ class EngineDeadError(GiantserveError):
 
 
 class ConfigError(GiantserveError, ValueError):
-    """An option has a value that cannot be honoured; the message names the value, the limit and the mend."""
+    """An option has a value that cannot be honoured; the message names the value, the limit and the
+    mend."""
 
     status_code = 400
     error_type = "invalid_request_error"

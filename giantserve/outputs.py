@@ -48,8 +48,9 @@ class Usage:
 class StreamDelta:
     """What is new in one choice of one request since its last delta.
 
-    ``finish_reason`` is set on the last delta of a choice. ``usage`` is set on the very last delta of the
-    request. ``prompt_logprobs`` comes with the first delta: one entry a prompt token, the first one None.
+    ``finish_reason`` is set on the last delta of a choice. ``usage`` is set on the very last delta
+    of the request. ``prompt_logprobs`` comes with the first delta: one entry a prompt token, the
+    first one None.
     """
 
     request_id: str

@@ -14,18 +14,21 @@ from partition.calibrate import calibrate, default_cache_folder
 from partition.machine import Machine
 
 RUNTIME_BYTES = 700 << 20
-"""Resident memory of a shard beside its tiers: interpreter, torch, transformers, transient buffers."""
+"""Resident memory of a shard beside its tiers: interpreter, torch, transformers, transient
+buffers."""
 
 MEMORY_SHARE = 0.8
 """How much of the memory that is free we take when no budget is given."""
 
 HOST_SHARE = 0.15
-"""On a machine without a GPU device and host memory are the same; how much of it backs demoted KV."""
+"""On a machine without a GPU device and host memory are the same; how much of it backs demoted
+KV."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolution:
-    """A config with nothing left open, and what follows from it. ``bandwidths`` are one shard's part."""
+    """A config with nothing left open, and what follows from it. ``bandwidths`` are one shard's
+    part."""
 
     config: EngineConfig
     profile: ModelProfile
@@ -41,8 +44,8 @@ def plan_for(config: EngineConfig) -> PartitionPlan:
 def resolve(config: EngineConfig) -> Resolution:
     """Decide everything that ``config`` leaves open.
 
-    Raises ConfigError or PlanError for what cannot be honoured: an unknown model folder, a budget too
-    small (the message names one that would do), an NVMe folder that cannot be written.
+    Raises ConfigError or PlanError for what cannot be honoured: an unknown model folder, a budget
+    too small (the message names one that would do), an NVMe folder that cannot be written.
     """
     _check(config)
     profile = ModelProfile.from_pretrained(config.model, config.dtype, config.trust_remote_code)
@@ -82,7 +85,9 @@ def resolve(config: EngineConfig) -> Resolution:
 
 def _check(config: EngineConfig) -> None:
     if not Path(config.model).is_dir():
-        raise ConfigError(f"{config.model} is not a folder; give the path of a downloaded checkpoint")
+        raise ConfigError(
+            f"{config.model} is not a folder; give the path of a downloaded checkpoint"
+        )
     if config.executor not in ("local", "ray"):
         raise ConfigError(f'executor "{config.executor}" is unknown; use "local" or "ray"')
     if config.device not in ("auto", "cpu", "cuda"):
@@ -100,7 +105,9 @@ def _nvme_folder(config: EngineConfig) -> Path:
     except OSError as error:
         raise ConfigError(f"nvme_dir {folder} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"nvme_dir {folder} is not writable; choose another, or change its rights")
+        raise ConfigError(
+            f"nvme_dir {folder} is not writable; choose another, or change its rights"
+        )
     return folder
 
 
@@ -123,9 +130,7 @@ def _num_devices(config: EngineConfig, machine: Machine, device: str) -> int:
     return max(available, asked)
 
 
-def _budget(
-    config: EngineConfig, machine: Machine, device: str, num_devices: int
-) -> TierBudget:
+def _budget(config: EngineConfig, machine: Machine, device: str, num_devices: int) -> TierBudget:
     free = max(0, machine.memory_bytes - num_devices * RUNTIME_BYTES)
     share = int(free * MEMORY_SHARE) // num_devices
     if device == "cuda":

@@ -25,7 +25,6 @@ from kvcache.shard_store import ShardStore
 from kvcache.tier import Tier
 from kvcache.weights import UnitLayout, WeightManager
 from partition.meta_model import build_meta_model
-from partition.plan import PartitionPlan
 from partition.profile import ModelProfile, Unit, UnitKind
 from partition.profiling import load_config
 
@@ -215,7 +214,8 @@ class Shard:
     def _logit_rows(
         self, chunks: tuple[SequenceChunk, ...]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """The rows of the pass whose logits are needed, and each chunk's [start, stop) among them."""
+        """The rows of the pass whose logits are needed, and each chunk's [start, stop) among
+        them."""
         rows: list[int] = []
         spans = []
         row = 0

@@ -10,7 +10,8 @@ from partition.plan import PartitionPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSpec:
-    """Rank ``rank`` of ``plan``. ``nvme_dir`` holds the shard store; ``device`` is a torch device."""
+    """Rank ``rank`` of ``plan``. ``nvme_dir`` holds the shard store; ``device`` is a torch
+    device."""
 
     plan: PartitionPlan
     rank: int

@@ -11,7 +11,8 @@ from kvcache.block_copy import BlockCopy as BlockCopy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewSequence:
-    """A sequence the shards have not seen, or one that comes back after preemption (it replaces the old)."""
+    """A sequence the shards have not seen, or one that comes back after preemption (it replaces the
+    old)."""
 
     seq_id: int
     prompt_token_ids: tuple[int, ...]
@@ -25,9 +26,9 @@ class NewSequence:
 class SequenceChunk:
     """One sequence's tokens in this pass: positions ``start`` to ``start + len(token_ids)``.
 
-    ``new_block_ids`` extend the block table that the shards keep. ``sample``: the last position's logits
-    choose a token. ``banned_token_ids`` may not be sampled
-    now (the end tokens, until ``min_tokens`` is reached).
+    ``new_block_ids`` extend the block table that the shards keep. ``sample``: the last position's
+    logits choose a token. ``banned_token_ids`` may not be sampled now (the end tokens, until
+    ``min_tokens`` is reached).
     """
 
     seq_id: int
@@ -55,7 +56,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
-    """The token chosen for one sequence in a pass; ``logprobs`` where the request asked for them."""
+    """The token chosen for one sequence in a pass; ``logprobs`` where the request asked for
+    them."""
 
     seq_id: int
     token_id: int
@@ -66,8 +68,8 @@ class SampledToken:
 class StepResult:
     """What the last stage's first rank returns for a pass.
 
-    ``prompt_logprobs[seq_id]`` are those of the positions that follow this chunk's tokens within the prompt:
-    entry i belongs to prompt token ``start + i + 1``.
+    ``prompt_logprobs[seq_id]`` are those of the positions that follow this chunk's tokens within
+    the prompt: entry i belongs to prompt token ``start + i + 1``.
     """
 
     step_id: int

@@ -100,8 +100,9 @@ class Arena:
             self._used -= block.num_bytes
 
     def discard(self, view: torch.Tensor) -> None:
-        """Give back the pages that lie wholly within ``view``, a part of an allocation, which reads zeros from
-        then on. The count stays: something else now stands for these bytes. Does nothing on CUDA.
+        """Give back the pages that lie wholly within ``view``, a part of an allocation, which reads
+        zeros from then on. The count stays: something else now stands for these bytes. Does nothing
+        on CUDA.
         """
         with self._lock:
             for address, block in self._blocks.items():

@@ -1,7 +1,7 @@
 """The bytes of the KV blocks of one shard, on the device and on the host.
 
-Block-major: a block is one contiguous extent that holds all the stage's layers, so moving a block between
-tiers is one copy. Each layer sees its keys and values as strided views.
+Block-major: a block is one contiguous extent that holds all the stage's layers, so moving a block
+between tiers is one copy. Each layer sees its keys and values as strided views.
 """
 
 from __future__ import annotations

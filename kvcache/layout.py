@@ -9,7 +9,8 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayerSpec:
-    """What one layer caches per token. Keys and values may differ (MLA caches a latent and a rope key)."""
+    """What one layer caches per token. Keys and values may differ (MLA caches a latent and a rope
+    key)."""
 
     layer: int
     key_heads: int
@@ -24,7 +25,8 @@ class KVLayerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
-    """The layout of one block of one stage, as one shard holds it (heads already dealt to the shard)."""
+    """The layout of one block of one stage, as one shard holds it (heads already dealt to the
+    shard)."""
 
     layers: tuple[KVLayerSpec, ...]
     block_size: int

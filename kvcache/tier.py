@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 
 class Tier(enum.Enum):
-    """Where bytes lie. DEVICE is a byte-capped arena: CUDA memory, or plain memory without a GPU."""
+    """Where bytes lie. DEVICE is a byte-capped arena: CUDA memory, or plain memory without a
+    GPU."""
 
     DEVICE = "device"
     HOST = "host"

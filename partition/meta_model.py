@@ -1,7 +1,7 @@
 """Build a transformers causal LM on the meta device and watch one token go through it.
 
-Nothing here knows an architecture by name: what is cached, which parameters stand before and after the
-layers, and whether the attention can be replaced, is read off the modules' own forward pass.
+Nothing here knows an architecture by name: what is cached, which parameters stand before and after
+the layers, and whether the attention can be replaced, is read off the modules' own forward pass.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tenso
 
 @dataclass(frozen=True, slots=True)
 class LocalMask:
-    """Given to the attention function in a mask's place: a query sees the last ``size`` positions."""
+    """Given to the attention function in a mask's place: a query sees the last ``size``
+    positions."""
 
     size: int
 
@@ -49,7 +50,8 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _mask)
 
 
 def bind_attention(model: nn.Module, function: AttentionFunction) -> None:
-    """Make every attention module of ``model`` call ``function(module, query, key, value, ...)``."""
+    """Make every attention module of ``model`` call ``function(module, query, key, value,
+    ...)``."""
     for module in model.modules():
         module.bound_attention = function  # type: ignore[assignment]
 
@@ -78,8 +80,10 @@ def build_meta_model(config: Any, attention: str = ATTENTION_NAME) -> PreTrained
 
 
 def trace(config: Any) -> tuple[PreTrainedModel, Observation]:
-    """Build the model and observe one token: with our attention, or with its own where it takes none."""
+    """Build the model and observe one token: with our attention, or with its own where it takes
+    none."""
     num_layers = int(config.num_hidden_layers)
+    refusal: UnsupportedArchitectureError | None = None
     try:
         model = build_meta_model(config)
         seen = observe(model, num_layers)
@@ -87,8 +91,6 @@ def trace(config: Any) -> tuple[PreTrainedModel, Observation]:
             return model, seen
     except UnsupportedArchitectureError as error:
         refusal = error
-    else:
-        refusal = None
     try:
         model = build_meta_model(config, "eager")
         return model, observe(model, num_layers)
@@ -150,7 +152,7 @@ def refuse_unknown(module: str, mask: Any, options: dict[str, Any]) -> None:
         )
 
 
-class CacheObserver(Cache):
+class CacheObserver(Cache):  # type: ignore[misc]
     """A cache that stores nothing and remembers the shapes it was given."""
 
     def __init__(self) -> None:
@@ -179,10 +181,10 @@ class CacheObserver(Cache):
 class Observation:
     """What one token's pass over the meta model showed.
 
-    ``cached`` maps a layer to the key and value shapes that went into its cache. ``attends_cached``: the
-    attention function saw just those tensors, once a layer. ``layer_outputs``: how many values a layer
-    returns as a tuple, 0 for a bare tensor. ``before`` and ``after`` are the modules outside
-    the layers that own parameters, by when they ran.
+    ``cached`` maps a layer to the key and value shapes that went into its cache.
+    ``attends_cached``: the attention function saw just those tensors, once a layer.
+    ``layer_outputs``: how many values a layer returns as a tuple, 0 for a bare tensor. ``before``
+    and ``after`` are the modules outside the layers that own parameters, by when they ran.
     """
 
     layers_path: str
@@ -197,7 +199,8 @@ class Observation:
 def observe(model: PreTrainedModel, num_layers: int) -> Observation:
     """Run one token through ``model`` on the meta device.
 
-    Raises UnsupportedArchitectureError where the pass fails, or a layer keeps state that is no KV cache.
+    Raises UnsupportedArchitectureError where the pass fails, or a layer keeps state that is no KV
+    cache.
     """
     layers_path, layers = find_layers(model, num_layers)
     seen = Observation(layers_path=layers_path)
@@ -262,7 +265,7 @@ def observe(model: PreTrainedModel, num_layers: int) -> Observation:
     seen.cached = {layer: (k.shape, v.shape) for layer, (k, v) in cache.last.items()}
     if sorted(seen.cached) != list(range(num_layers)):
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__}: {num_layers - len(seen.cached)} of its {num_layers} layers cache "
-            "no keys and values of their own"
+            f"{type(model).__name__}: {num_layers - len(seen.cached)} of its {num_layers} layers "
+            "cache no keys and values of their own"
         )
     return seen

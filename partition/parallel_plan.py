@@ -1,4 +1,5 @@
-"""Which tensor-parallel style each module of a model has, from the config's plan or DeepSpeed's AutoTP."""
+"""Which tensor-parallel style each module of a model has, from the config's plan or DeepSpeed's
+AutoTP."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ def _pattern(path: str) -> str:
 
 
 def _derived(model: nn.Module, layers_path: str) -> tuple[dict[str, str], str | None]:
-    """DeepSpeed's AutoTP names the linears whose outputs are summed; the others of a layer are split
-    by their outputs."""
+    """DeepSpeed's AutoTP names the linears whose outputs are summed; the others of a layer are
+    split by their outputs."""
     from deepspeed.module_inject.auto_tp import AutoTP
 
     name = type(model).__name__

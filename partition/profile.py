@@ -1,4 +1,5 @@
-"""What the planner knows of a model: units, parameters, KV per token. From a config, without weights."""
+"""What the planner knows of a model: units, parameters, KV per token. From a config, without
+weights."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvcache.layout import DTYPE_BYTES, KVLayerSpec, KVLayout
+from kvcache.layout import KVLayerSpec, KVLayout
 from partition.sharding import HeadCounts, ParameterSpec, deal_ranges
 
 
@@ -34,8 +35,8 @@ class AttentionKind(enum.Enum):
 class Unit:
     """The smallest group of weights that moves together.
 
-    ``layer`` is None for what stands before and after the layers; ``stage_end`` then says on which stage:
-    "first" or "last".
+    ``layer`` is None for what stands before and after the layers; ``stage_end`` then says on which
+    stage: "first" or "last".
     """
 
     name: str
@@ -63,12 +64,12 @@ def _round_up(size: int, multiple: int) -> int:
 class ModelProfile:
     """A model as the planner sees it.
 
-    ``units`` stand in the order a pass uses them: embedding, input, the layers' small, attention and mlp
-    units, output, head. With tied embeddings the head's unit lists the embedding's parameter again; `stage_units` counts
-    it once. ``styles`` maps module paths to tensor-parallel styles ("colwise", "rowwise", ...).
-    ``kv_layers`` are per token and unsharded; ``kv_sharded`` says whether tensor parallelism deals the KV
-    heads out or replicates them. ``layer_outputs``: how many values a layer module returns as a tuple, 0 for
-    a bare tensor.
+    ``units`` stand in the order a pass uses them: embedding, input, the layers' small, attention
+    and mlp units, output, head. With tied embeddings the head's unit lists the embedding's
+    parameter again; `stage_units` counts it once. ``styles`` maps module paths to tensor-parallel
+    styles ("colwise", "rowwise", ...). ``kv_layers`` are per token and unsharded; ``kv_sharded``
+    says whether tensor parallelism deals the KV heads out or replicates them. ``layer_outputs``:
+    how many values a layer module returns as a tuple, 0 for a bare tensor.
     """
 
     architecture: str
@@ -90,10 +91,11 @@ class ModelProfile:
 
     @classmethod
     def from_config(cls, config: Any, dtype: str | None = None) -> ModelProfile:
-        """Profile a transformers config (built on the meta device; no weights are read or allocated).
+        """Profile a transformers config (built on the meta device; no weights are read or
+        allocated).
 
-        ``dtype`` overrides the config's. Raises UnsupportedArchitectureError with the reason where the
-        model cannot run.
+        ``dtype`` overrides the config's. Raises UnsupportedArchitectureError with the reason where
+        the model cannot run.
         """
         from partition.profiling import profile_config
 
@@ -119,7 +121,8 @@ class ModelProfile:
 
     @cached_property
     def num_active_parameters(self) -> int:
-        """Parameters that one token's pass uses: only the routed experts of a mixture of experts."""
+        """Parameters that one token's pass uses: only the routed experts of a mixture of
+        experts."""
         if not self.num_experts:
             return self.num_parameters
         share = self.num_experts_per_token / self.num_experts

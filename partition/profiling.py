@@ -21,7 +21,8 @@ _KEY_VALUE_PROJECTION = re.compile(r"(k|v|kv|keys?|values?)(_[a-z_]*)?")
 
 
 def load_config(path: str | Path, dtype: str = "auto", trust_remote_code: bool = False) -> Any:
-    """The transformers config of a checkpoint folder, its dtype set to ``dtype`` unless that is "auto"."""
+    """The transformers config of a checkpoint folder, its dtype set to ``dtype`` unless that is
+    "auto"."""
     if not (Path(path) / "config.json").is_file():
         raise UnsupportedArchitectureError(f"{path} is not a model folder: it holds no config.json")
     try:
@@ -118,8 +119,8 @@ def _head_counts(
 def _max_positions(config: Any) -> int:
     """The longest context that behaves the same for every sequence of a batch.
 
-    Rotary schemes that look at the longest sequence ("dynamic", "longrope") change what every other one
-    computes past the original length, so the original length is the limit.
+    Rotary schemes that look at the longest sequence ("dynamic", "longrope") change what every other
+    one computes past the original length, so the original length is the limit.
     """
     limit = int(
         _first(
@@ -143,7 +144,8 @@ def _first(config: Any, *names: str, default: int) -> Any:
 
 
 class _ParameterSpecs:
-    """Gives each parameter its spec: shape, bytes, and the shard rule that its module's style implies."""
+    """Gives each parameter its spec: shape, bytes, and the shard rule that its module's style
+    implies."""
 
     def __init__(
         self, model: nn.Module, config: Any, styles: dict[str, str], attention: tuple[str, ...]
@@ -202,7 +204,8 @@ class _ParameterSpecs:
         return None
 
     def _parameter_rule(self, style: str, tensor: torch.Tensor) -> ShardRule | None:
-        """Styles given to a bare parameter: experts' weights, [experts, out, in] and [experts, out]."""
+        """Styles given to a bare parameter: experts' weights, [experts, out, in] and [experts,
+        out]."""
         if style == "packed_colwise":
             return ShardRule(dim=1, segments=2)
         if style == "colwise":
@@ -220,7 +223,7 @@ class _ParameterSpecs:
 
 
 def _units(model: nn.Module, seen: Observation, specs: _ParameterSpecs) -> list[Unit]:
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors |= {name: model.get_buffer(name) for name in _persistent_buffers(model)}
     embedding = _path_of(model, model.get_input_embeddings())  # type: ignore[operator]
     head = _path_of(model, model.get_output_embeddings())  # type: ignore[operator]

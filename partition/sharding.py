@@ -1,4 +1,5 @@
-"""How a parameter is dealt out over the ranks of a tensor-parallel group. Pure arithmetic on shapes.
+"""How a parameter is dealt out over the ranks of a tensor-parallel group. Pure arithmetic on
+shapes.
 
 The planner counts bytes with these rules and the shards load slices with them: one source of truth.
 """
@@ -26,7 +27,8 @@ class HeadCounts:
     key_value: int
 
     def query_range(self, rank: int, world: int) -> tuple[int, int]:
-        """The query heads [start, stop) of ``rank``; whole KV groups while there are enough of them."""
+        """The query heads [start, stop) of ``rank``; whole KV groups while there are enough of
+        them."""
         group = self.query // self.key_value
         if world <= self.key_value:
             start, stop = _deal(self.key_value, rank, world)
@@ -36,14 +38,16 @@ class HeadCounts:
         return head * group + start, head * group + stop
 
     def key_value_range(self, rank: int, world: int) -> tuple[int, int]:
-        """The KV heads [start, stop) of ``rank``; a head is replicated where ranks outnumber heads."""
+        """The KV heads [start, stop) of ``rank``; a head is replicated where ranks outnumber
+        heads."""
         if world <= self.key_value:
             return _deal(self.key_value, rank, world)
         head, _, _ = self._shared_head(rank, world)
         return head, head + 1
 
     def _shared_head(self, rank: int, world: int) -> tuple[int, int, int]:
-        """(KV head, index among the ranks that share it, how many share it) when world > KV heads."""
+        """(KV head, index among the ranks that share it, how many share it) when world > KV
+        heads."""
         for head in range(self.key_value):
             first, end = _deal(world, head, self.key_value)
             if first <= rank < end:
@@ -53,8 +57,8 @@ class HeadCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRule:
-    """Which dimension is dealt, and how. ``segments`` > 1: several matrices packed along the dimension
-    (gate and up), each dealt by itself."""
+    """Which dimension is dealt, and how. ``segments`` > 1: several matrices packed along the
+    dimension (gate and up), each dealt by itself."""
 
     dim: int
     deal: Deal = Deal.EVEN
@@ -63,9 +67,11 @@ class ShardRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterSpec:
-    """One parameter of the model: its name in the transformers module tree, full shape and shard rule.
+    """One parameter of the model: its name in the transformers module tree, full shape and shard
+    rule.
 
-    ``num_experts`` > 1: the leading dimension counts experts. ``is_buffer``: saved with the model, not trained.
+    ``num_experts`` > 1: the leading dimension counts experts. ``is_buffer``: saved with the model,
+    not trained.
     """
 
     name: str
@@ -99,7 +105,8 @@ class ParameterSpec:
 def deal_ranges(
     rule: ShardRule, size: int, heads: HeadCounts, rank: int, world: int
 ) -> list[tuple[int, int]]:
-    """Deal a dimension of ``size`` elements; raises ValueError where the portions do not divide it."""
+    """Deal a dimension of ``size`` elements; raises ValueError where the portions do not divide
+    it."""
     segment, remainder = divmod(size, rule.segments)
     if remainder:
         raise ValueError(f"{size} elements do not split into {rule.segments} segments")
@@ -120,5 +127,6 @@ def deal_ranges(
 
 
 def _deal(count: int, rank: int, world: int) -> tuple[int, int]:
-    """The [start, stop) portion of ``count`` things for ``rank``: contiguous, sizes differ by at most 1."""
+    """The [start, stop) portion of ``count`` things for ``rank``: contiguous, sizes differ by at
+    most 1."""
     return rank * count // world, (rank + 1) * count // world

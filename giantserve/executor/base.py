@@ -34,8 +34,8 @@ ProgressCallback = Callable[[int, LoadProgress], None]
 class Executor(ABC):
     """Owns the workers of one replica and the connections to them.
 
-    Subclasses say how workers are started, watched and ended; everything else is the same everywhere.
-    `submit` and `results` are for one thread; `wake` may be called from any.
+    Subclasses say how workers are started, watched and ended; everything else is the same
+    everywhere. `submit` and `results` are for one thread; `wake` may be called from any.
     """
 
     def __init__(self, specs: list[ShardSpec], host: str, on_progress: ProgressCallback) -> None:
@@ -45,7 +45,7 @@ class Executor(ABC):
         self._closed = False
         self._authkey = secrets.token_bytes(32)
         with Listener((host, 0), backlog=len(specs), authkey=self._authkey) as listener:
-            address: tuple[str, int] = listener.address  # type: ignore[assignment]
+            address: tuple[str, int] = listener.address
             try:
                 self._start_workers(address, self._authkey, len(specs))
                 self._accept(listener, len(specs))
@@ -110,7 +110,7 @@ class Executor(ABC):
         ready = wait([*by_connection, self._wake_read], timeout_s)
         if self._wake_read in ready:
             os.read(self._wake_read, 4096)
-        return [by_connection[c] for c in ready if c in by_connection]  # type: ignore[index]
+        return [by_connection[c] for c in ready if c in by_connection]
 
     def _receive(self, rank: int) -> Any:
         """The next message of a worker; raises the worker's own error, or EngineDeadError."""

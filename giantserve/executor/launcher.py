@@ -1,9 +1,9 @@
 """Starts workers on this machine by forking one process that has everything imported.
 
-Importing torch and transformers takes seconds; forking takes milliseconds and shares the memory of what was
-imported. The launcher dies with the process that started it, and takes its workers along.
+Importing torch and transformers takes seconds; forking takes milliseconds and shares the memory of
+what was imported. The launcher dies with the process that started it, and takes its workers along.
 
-    python -m giantserve.executor.launcher    (started by `Launcher`; speaks JSON lines)
+python -m giantserve.executor.launcher    (started by `Launcher`; speaks JSON lines)
 """
 
 from __future__ import annotations

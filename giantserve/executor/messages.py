@@ -1,4 +1,5 @@
-"""What the engine and a worker say to each other over their connection, beside the passes themselves."""
+"""What the engine and a worker say to each other over their connection, beside the passes
+themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Rendezvous:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """Become this shard. ``rendezvous`` is None for rank 0, which makes it, and for a world of one."""
+    """Become this shard. ``rendezvous`` is None for rank 0, which makes it, and for a world of
+    one."""
 
     spec: ShardSpec
     host: str

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from giantserve.errors import EngineDeadError, GiantserveError
 from giantserve.executor.messages import (
@@ -96,7 +97,7 @@ def _join(setup: Setup, connection: Connection[Any, Any]) -> tuple[TensorParalle
         return TensorParallel(), StageLink(None, None)
     is_master = rank == 0
     meeting = setup.rendezvous
-    store = dist.TCPStore(
+    store = TCPStore(
         setup.host if meeting is None else meeting.host,
         0 if meeting is None else meeting.port,
         world,

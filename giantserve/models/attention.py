@@ -1,7 +1,7 @@
 """Attention of a flat batch of tokens over paged KV blocks.
 
-Shapes: T tokens of the pass, B sequences, Q queries of one sequence, L context length, H query heads, K KV
-heads, G = H / K, D head dim, N blocks of a table, S block size.
+Shapes: T tokens of the pass, B sequences, Q queries of one sequence, L context length, H query
+heads, K KV heads, G = H / K, D head dim, N blocks of a table, S block size.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from giantserve.models.batch import DecodeGroup, PassBatch, PromptChunk
+from giantserve.models.batch import DecodeGroup, PassBatch
 from kvcache.kv_store import KVStore
 from partition.meta_model import LocalMask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionOptions:
-    """What a layer's attention does beside softmax(q k^T) v. ``sinks`` [H]: a logit per head with no value."""
+    """What a layer's attention does beside softmax(q k^T) v. ``sinks`` [H]: a logit per head with
+    no value."""
 
     scaling: float
     window: int | None
@@ -34,7 +35,8 @@ class AttentionOptions:
 
 
 class PagedAttention:
-    """The attention function of one shard's model: appends the pass's KV to the blocks, then attends.
+    """The attention function of one shard's model: appends the pass's KV to the blocks, then
+    attends.
 
     One object per shard, bound to its model; ``batch`` is set before every pass.
     """
@@ -105,7 +107,8 @@ class PagedAttention:
         options: AttentionOptions,
         out_THD: torch.Tensor,
     ) -> None:
-        """Attend where keys and values of all sequences' whole contexts come one after the other."""
+        """Attend where keys and values of all sequences' whole contexts come one after the
+        other."""
         assert self.batch is not None
         begin = 0
         for chunk in self.batch.all_chunks():
@@ -139,7 +142,8 @@ def attend_decodes(
     group: DecodeGroup,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """One query a sequence, each over its own context, padded to the group's longest. Returns [B, H, D]."""
+    """One query a sequence, each over its own context, padded to the group's longest. Returns [B,
+    H, D]."""
     batch, heads, dim = query_BHD.shape
     keys, values = (
         blocks.index_select(0, group.tables.flatten())
@@ -171,8 +175,8 @@ def attend(
     *,
     query_start: int,
 ) -> torch.Tensor:
-    """Causal attention of one sequence's queries, the first of which stands at ``query_start`` of the
-    context. Returns [H, Q, D]."""
+    """Causal attention of one sequence's queries, the first of which stands at ``query_start`` of
+    the context. Returns [H, Q, D]."""
     heads, queries, dim = query_HQD.shape
     kv_heads, length, _ = key_KLD.shape
     mask = None
@@ -215,7 +219,8 @@ def _attend_explicitly(
     mask: torch.Tensor | None,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Attention written out, with logit soft-capping (Gemma 2) and sinks (gpt-oss); softmax in fp32.
+    """Attention written out, with logit soft-capping (Gemma 2) and sinks (gpt-oss); softmax in
+    fp32.
 
     The second-last dimension of ``query`` holds the group's heads, or heads times queries.
     """

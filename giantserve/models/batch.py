@@ -10,7 +10,8 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptChunk:
-    """Consecutive tokens of one sequence: rows [row, row + length) of the pass, positions from ``start``.
+    """Consecutive tokens of one sequence: rows [row, row + length) of the pass, positions from
+    ``start``.
 
     ``table`` [N] int64 are its block ids on the device tier.
     """
@@ -26,8 +27,8 @@ class PromptChunk:
 class DecodeGroup:
     """Sequences with one token each and contexts of similar length.
 
-    ``rows`` [B] of the pass, ``tables`` [B, N] block ids (padded with block 0), ``lengths`` [B] context
-    lengths, the new token included.
+    ``rows`` [B] of the pass, ``tables`` [B, N] block ids (padded with block 0), ``lengths`` [B]
+    context lengths, the new token included.
     """
 
     rows: torch.Tensor

@@ -12,7 +12,7 @@ from giantserve.models.batch import PassBatch
 from kvcache.kv_store import KVStore
 
 
-class PassThroughCache(Cache):
+class PassThroughCache(Cache):  # type: ignore[misc]
     """Hands keys and values on untouched: the attention function stores them."""
 
     def __init__(self) -> None:
@@ -36,10 +36,11 @@ class PassThroughCache(Cache):
 
 
 class GatheringCache(PassThroughCache):
-    """Stores what it is given and returns the whole contexts of the pass's sequences, one after the other.
+    """Stores what it is given and returns the whole contexts of the pass's sequences, one after the
+    other.
 
-    For models that cache something else than they attend to (MLA), and for those that attend by themselves,
-    one sequence a call. Tensors are [1, heads, tokens, dim].
+    For models that cache something else than they attend to (MLA), and for those that attend by
+    themselves, one sequence a call. Tensors are [1, heads, tokens, dim].
     """
 
     def __init__(self, kv: KVStore, batch: PassBatch) -> None:

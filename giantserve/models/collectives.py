@@ -20,7 +20,8 @@ class TensorParallel:
     group: dist.ProcessGroup | None = None
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the group, in place where the tensor allows it. Blocks until the sum is there."""
+        """Sum over the group, in place where the tensor allows it. Blocks until the sum is
+        there."""
         if self.group is None:
             return tensor
         tensor = tensor.contiguous()

@@ -1,7 +1,8 @@
 """Matrix products of resident weights on the CPU, in the layout that oneDNN wants.
 
-oneDNN reorders a plain weight at every call. A weight that stays on the device is reordered once; the product
-has the same bits. Measured on a CPU with AVX512-BF16 (5632 x 2048, bf16): 1.7x at 1 row, 1.35x at 32 rows.
+oneDNN reorders a plain weight at every call. A weight that stays on the device is reordered once;
+the product has the same bits. Measured on a CPU with AVX512-BF16 (5632 x 2048, bf16): 1.7x at 1
+row, 1.35x at 32 rows.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from giantserve.models.patching import replace_forward
 from kvcache.arena import Arena
 
 EXPECTED_ROWS = 32
-"""The row count the layout is chosen for; on the CPUs tried, it made no difference to other counts."""
+"""The row count the layout is chosen for; on the CPUs tried, it made no difference to other
+counts."""
 
 
 def product(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
@@ -31,18 +34,18 @@ def can_pack(linear: nn.Module, weight: torch.Tensor) -> bool:
         type(linear) is nn.Linear
         and weight.device.type == "cpu"
         and weight.dtype is torch.bfloat16
-        and torch.backends.mkldnn.is_available()
+        and torch._C._has_mkldnn
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
 def pack(linear: nn.Linear, weight: torch.Tensor, arena: Arena) -> None:
-    """Reorder ``weight``, which lies in ``arena``, and give its pages back; the packed copy takes their
-    place in the arena's count. The module must not read its plain weight any more."""
+    """Reorder ``weight``, which lies in ``arena``, and give its pages back; the packed copy takes
+    their place in the arena's count. The module must not read its plain weight any more."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)
     linear.packed_weight = packed
     if "forward" not in vars(linear):
-        linear.forward = lambda hidden: _affine(linear, hidden)  # type: ignore[method-assign, assignment]
+        replace_forward(linear, lambda hidden: _affine(linear, hidden))
     arena.discard(weight)
 
 

@@ -1,7 +1,8 @@
 """One stage of a transformers model: its layers, its share of every parameter, its weights by unit.
 
-The modules are transformers' own. Layers of other stages become pass-throughs, what stands before the
-layers on a later stage becomes inert, and the parameters are views that the weight manager hands out.
+The modules are transformers' own. Layers of other stages become pass-throughs, what stands before
+the layers on a later stage becomes inert, and the parameters are views that the weight manager
+hands out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from giantserve.models.batch import ChunkSpec, PassBatch, build_batch
 from giantserve.models.caches import GatheringCache, PassThroughCache
 from giantserve.models.collectives import TensorParallel
 from giantserve.models.linear import can_pack, pack
+from giantserve.models.patching import replace_forward
 from giantserve.models.tensor_parallel import parallelise
 from kvcache.arena import Arena
 from kvcache.kv_store import KVStore
@@ -44,8 +46,8 @@ class _StageDone(Exception):
 class StageModel:
     """Runs one stage for a flat batch of tokens.
 
-    ``forward`` takes token ids [T] on the first stage, hidden states [T, H] on the others; it returns
-    hidden states [T, H], or on the last stage logits [R, vocab] of the rows asked for.
+    ``forward`` takes token ids [T] on the first stage, hidden states [T, H] on the others; it
+    returns hidden states [T, H], or on the last stage logits [R, vocab] of the rows asked for.
     """
 
     def __init__(
@@ -87,14 +89,14 @@ class StageModel:
         for index, layer in enumerate(self._layers):
             if not first_layer <= index < end_layer:
                 _empty(layer)
-                layer.forward = _skipping(self.profile.layer_outputs)  # type: ignore[method-assign]
+                replace_forward(layer, _skipping(self.profile.layer_outputs))
         if not self.is_first:
             first = self._layers[first_layer]
-            first.forward = self._injecting(first.forward)  # type: ignore[method-assign]
+            replace_forward(first, self._injecting(first.forward))
             _silence_inputs(self.model, self.profile)
         if not self.is_last:
             last = self._layers[end_layer - 1]
-            last.forward = _leaving(last.forward)  # type: ignore[method-assign]
+            replace_forward(last, _leaving(last.forward))
 
     def _injecting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -105,8 +107,8 @@ class StageModel:
     def attach(
         self, weights: Weights, kv: KVStore, resident: set[str], device_arena: Arena
     ) -> None:
-        """Connect the stage to its bytes. ``resident`` units stay on the device: they are bound once, and
-        packed for the CPU where it has a layout of its own."""
+        """Connect the stage to its bytes. ``resident`` units stay on the device: they are bound
+        once, and packed for the CPU where it has a layout of its own."""
         self._weights, self._kv = weights, kv
         self._attention = PagedAttention(kv)
         bind_attention(self.model, self._attention)
@@ -282,11 +284,13 @@ class StageModel:
 
 
 def _path_of(model: nn.Module, target: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is target)
+    path: str = next(name for name, module in model.named_modules() if module is target)
+    return path
 
 
 def _skipping(num_outputs: int) -> Callable[..., Any]:
-    """A forward that returns its input in the form in which the architecture's layers return theirs."""
+    """A forward that returns its input in the form in which the architecture's layers return
+    theirs."""
 
     def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return (hidden_states, *[None] * (num_outputs - 1)) if num_outputs else hidden_states
@@ -310,14 +314,15 @@ def _empty(module: nn.Module) -> None:
 
 
 def _silence_inputs(model: nn.Module, profile: ModelProfile) -> None:
-    """On a later stage the result of what stands before the layers is thrown away: make it cheap."""
+    """On a later stage the result of what stands before the layers is thrown away: make it
+    cheap."""
     for unit in profile.units:
         if unit.stage_end != "first":
             continue
         for spec in unit.parameters:
             module = model.get_submodule(spec.name.rpartition(".")[0])
             is_embedding = isinstance(module, nn.Embedding)
-            module.forward = _zero if is_embedding else _pass_through  # type: ignore[method-assign]
+            replace_forward(module, _zero if is_embedding else _pass_through)
 
 
 def _pass_through(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -350,10 +355,11 @@ def _parameter_slots(
 
 @torch.no_grad()
 def materialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) their values.
+    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) their
+    values.
 
-    Uses the initialisers that transformers runs for parameters missing from a checkpoint; parameters stay
-    on the meta device.
+    Uses the initialisers that transformers runs for parameters missing from a checkpoint;
+    parameters stay on the meta device.
     """
     for module in model.modules():
         names = [n for n, b in module._buffers.items() if b is not None and b.is_meta]

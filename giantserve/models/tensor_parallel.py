@@ -1,7 +1,7 @@
 """Split a model's modules over a tensor-parallel group, by the styles of its plan.
 
-The parameters themselves are local slices already (see partition.sharding); what is left is where the
-partial results are summed, gathered or split. Styles are those of transformers' parallel plans.
+The parameters themselves are local slices already (see partition.sharding); what is left is where
+the partial results are summed, gathered or split. Styles are those of transformers' parallel plans.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 
 from giantserve.models.collectives import TensorParallel
 from giantserve.models.linear import product
+from giantserve.models.patching import replace_forward
 from partition.profile import ModelProfile
 from partition.sharding import Deal, ShardRule, deal_ranges
 
@@ -79,7 +80,7 @@ def _sum_output(module: nn.Module, portions: _Portions) -> None:
         out = portions.group.all_reduce(product(module, hidden))
         return out if module.bias is None else out + module.bias
 
-    module.forward = forward  # type: ignore[method-assign]
+    replace_forward(module, forward)
 
 
 def _sum_split_input(module: nn.Module, portions: _Portions) -> None:
@@ -87,18 +88,19 @@ def _sum_split_input(module: nn.Module, portions: _Portions) -> None:
     start, stop = portions.own
     _sum_output(module, portions)
     summed = module.forward
-    module.forward = lambda hidden: summed(hidden[..., start:stop])  # type: ignore[method-assign]
+    replace_forward(module, lambda hidden: summed(hidden[..., start:stop]))
 
 
-def _gather_output(module: nn.Linear, portions: _Portions) -> None:
+def _gather_output(module: nn.Module, portions: _Portions) -> None:
     """colwise_gather_output: every rank gets the whole output."""
     sizes = portions.sizes
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
+        assert isinstance(module, nn.Linear)
         out = product(module, hidden)
         return portions.group.all_gather(out if module.bias is None else out + module.bias, sizes)
 
-    module.forward = forward  # type: ignore[method-assign, assignment]
+    replace_forward(module, forward)
 
 
 def _sum_whole_output(module: nn.Module, portions: _Portions) -> None:
@@ -108,7 +110,7 @@ def _sum_whole_output(module: nn.Module, portions: _Portions) -> None:
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         return portions.group.all_reduce(partial(*args, **kwargs))
 
-    module.forward = forward  # type: ignore[method-assign]
+    replace_forward(module, forward)
 
 
 _PATCHES: dict[str, Callable[[nn.Module, _Portions], None]] = {

@@ -24,8 +24,8 @@ def make_plan(
     host_blocks: int,
     max_model_len: int = 128,
 ) -> PartitionPlan:
-    """The planner's split of the model, with its units on the tiers that ``tiers`` names ("mixed": in
-    turn) and the KV blocks given."""
+    """The planner's split of the model, with its units on the tiers that ``tiers`` names ("mixed":
+    in turn) and the KV blocks given."""
     config = EngineConfig(
         model=str(path),
         device_memory=BIG,

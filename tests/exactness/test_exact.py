@@ -51,19 +51,23 @@ def expected(path: Path) -> list[list[int]]:
 
 
 def cases() -> list[object]:
-    """Every core architecture at every split on one tier in turn, and on every tier unsplit; the rest of the
-    product, and every other architecture, as the long tail."""
+    """Every core architecture at every split on one tier in turn, and on every tier unsplit; the
+    rest of the product, and every other architecture, as the long tail."""
     found = []
     for number, name in enumerate(OVERRIDES):
         for place, (tp, pp) in enumerate(SPLITS):
             for index, tiers in enumerate(TIERS):
-                quick = name in CORE and ((number + place) % len(TIERS) == index or (tp, pp) == (1, 1))
+                quick = name in CORE and (
+                    (number + place) % len(TIERS) == index or (tp, pp) == (1, 1)
+                )
                 tail = name not in CORE and (number + place) % len(TIERS) != index
                 if tail:
                     continue
                 marks = () if quick else (pytest.mark.slow,)
                 found.append(
-                    pytest.param(name, tp, pp, tiers, marks=marks, id=f"{name}-tp{tp}-pp{pp}-{tiers}")
+                    pytest.param(
+                        name, tp, pp, tiers, marks=marks, id=f"{name}-tp{tp}-pp{pp}-{tiers}"
+                    )
                 )
     return found
 
@@ -76,7 +80,7 @@ def test_same_tokens_as_transformers(
     refusal = ModelProfile.from_pretrained(path).why_not_tensor_parallel(tp)
     if refusal is not None:
         pytest.skip(f"not legal: {refusal}")
-    # 64 blocks of 4 tokens: two of the eight sequences at full length, so that KV is demoted and comes back
+    # 64 blocks of 4 tokens hold two of the eight sequences at full length: KV is demoted and returns
     plan = make_plan(path, tp, pp, tiers, device_blocks=64, host_blocks=64)
     greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     with LLM(path, plan=plan, nvme_dir=path / "nvme", launcher=launcher) as llm:

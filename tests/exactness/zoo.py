@@ -81,7 +81,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "ernie4_5": {},
     "seed_oss": {},
-    "gpt_bigcode": {"n_embd": 48, "n_layer": 4, "n_head": 6, "n_positions": 512, "multi_query": True},
+    "gpt_bigcode": {
+        "n_embd": 48,
+        "n_layer": 4,
+        "n_head": 6,
+        "n_positions": 512,
+        "multi_query": True,
+    },
     "codegen": {"n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 512, "rotary_dim": 4},
     "gpt_neo": {
         "num_layers": 4,
@@ -103,7 +109,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "head_dim": None,
     },
 }
-"""What each architecture needs beside COMMON to be tiny, and its features (windows, capping) to bite."""
+"""What each architecture needs beside COMMON to be tiny, and its features (windows, capping) to
+bite."""
 
 
 def make_config(name: str) -> Any:
@@ -112,9 +119,7 @@ def make_config(name: str) -> Any:
     config_class = CONFIG_MAPPING[name.partition("-")[0]]
     renamed = set(getattr(config_class, "attribute_map", {}))
     fixed = {k for k in options if isinstance(getattr(config_class, k, None), property)}
-    options = {
-        k: v for k, v in options.items() if k not in renamed | fixed or k in OVERRIDES[name]
-    }
+    options = {k: v for k, v in options.items() if k not in renamed | fixed or k in OVERRIDES[name]}
     config = config_class(**options)
     config.dtype = torch.float32
     return config
@@ -134,7 +139,9 @@ def save_model(name: str, folder: Path, seed: int = 0) -> Path:
     return path
 
 
-def make_prompts(lengths: tuple[int, ...] = (3, 17, 40, 9, 1, 28, 33, 12), seed: int = 1) -> list[list[int]]:
+def make_prompts(
+    lengths: tuple[int, ...] = (3, 17, 40, 9, 1, 28, 33, 12), seed: int = 1
+) -> list[list[int]]:
     """Random prompts of unequal length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
