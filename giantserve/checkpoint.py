@@ -42,7 +42,9 @@ class Checkpoint:
                 raise CheckpointError(f"{file} lacks {absent[0]}, which the index says it holds")
             self.tensors.update(tensors)
             status = file.stat()
-            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            # the change time as well: copying and unpacking may set the other one back
+            times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+            digest.update(f"{file.name} {status.st_size} {times}\n".encode())
         for name in sorted(self.tensors):
             digest.update(f"{name} {self.tensors[name].shape}\n".encode())
         self.fingerprint = digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -54,7 +55,7 @@ class LLM:
             **options,
         )
         self._engine = Engine(config, plan=plan, on_progress=on_progress, launcher=launcher)
-        self._num_calls = 0
+        self._calls = itertools.count(1)
 
     @property
     def plan(self) -> PartitionPlan:
@@ -80,7 +81,7 @@ class LLM:
         """
         batch = as_batch(prompts)
         each = _as_params(params, len(batch))
-        self._num_calls += 1
+        call = next(self._calls)
         inbox: queue.SimpleQueue[tuple[int, float, StreamDelta | GiantserveError]]
         inbox = queue.SimpleQueue()
         ids = [self._token_ids(prompt) for prompt in batch]
@@ -91,7 +92,7 @@ class LLM:
         left = len(batch)
         try:
             for index, (prompt, token_ids, own) in enumerate(zip(batch, ids, each, strict=True)):
-                request_id = f"{self._num_calls}-{index}"
+                request_id = f"{call}-{index}"
                 outputs.append(
                     RequestOutput(
                         request_id=request_id,

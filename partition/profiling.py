@@ -27,8 +27,11 @@ def load_config(path: str | Path, dtype: str = "auto", trust_remote_code: bool =
         raise UnsupportedArchitectureError(f"{path} is not a model folder: it holds no config.json")
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise UnsupportedArchitectureError(f"{path}/config.json: {error}") from error
+    except Exception as error:  # transformers validates in many ways
+        reason = " ".join(str(error).split())[:300]
+        raise UnsupportedArchitectureError(
+            f"{path}/config.json cannot be used: {reason}; restore the file"
+        ) from error
     if dtype != "auto":
         config.dtype = _torch_dtype(dtype)
     return config
