@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from giantserve.client import Client
-from partition.disk_probe import probe_disk
 
 QUESTION = "Write a haiku about memory that is never enough."
 PROMPTS = (
@@ -73,21 +71,6 @@ def complete_batch(client: Client) -> tuple[list[str], Measured]:
     tokens = sum(reply.usage.completion_tokens for reply in replies)
     measured = _measured(client, before, started_s, tokens, None)
     return [reply.text for reply in replies], measured
-
-
-class DiskCeiling:
-    """The most that a folder's disk was seen to read between and beside the measurements.
-
-    A disk that others use is fast one second and slow the next, so one probe says little.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.bytes_per_s = 0.0
-
-    def probe(self) -> None:
-        """Measure now, while the server is idle. Takes about 2 s."""
-        self.bytes_per_s = max(self.bytes_per_s, probe_disk(self._folder).read)
 
 
 def _measured(

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from giantserve.client import Client
-from giantserve.demo.conversation import QUESTION, DiskCeiling, complete_batch, stream_chat
+from giantserve.demo.conversation import QUESTION, complete_batch, stream_chat
+from giantserve.demo.disk_ceiling import DiskCeiling
 from giantserve.demo.report import measured_table, plan_table, shares
 from giantserve.demo.server import Server
 from giantserve.demo.shape import SHAPES, DemoShape
@@ -38,7 +39,7 @@ def run_demo(folder: Path, model_size: str = "full", keep: bool = False) -> None
         raise ConfigError(f"model size '{model_size}' is unknown; there are {', '.join(SHAPES)}")
     console = Console()
     shape = SHAPES[model_size]
-    model, nvme = folder.absolute() / f"{model_size}-model", folder.absolute() / "nvme"
+    model, nvme = (folder.absolute() / f"{model_size}-{part}" for part in ("model", "nvme"))
     with _interrupted_by_signals():
         _heading(console, 1, "A model of random weights")
         _prepare(console, shape, model)
@@ -57,7 +58,7 @@ def run_demo(folder: Path, model_size: str = "full", keep: bool = False) -> None
         started_s = time.monotonic()
         with Server(model, options) as server, Client(server.url) as client:
             console.print(f"{server.url}/v1 answers after {time.monotonic() - started_s:.0f} s\n")
-            ceiling = DiskCeiling(nvme)
+            ceiling = DiskCeiling(nvme / "weights", len(plan.shards))
             ceiling.probe()
             _heading(console, 4, f'A chat, streamed: "{QUESTION}"')
             chat = stream_chat(client, lambda text: console.out(text, end="", highlight=False))
@@ -73,9 +74,7 @@ def run_demo(folder: Path, model_size: str = "full", keep: bool = False) -> None
             if keep:
                 _wait(console, server)
             console.print("stopping the server")
-        console.print(
-            f"done; nothing is left running. The model stays in {folder} for the next time."
-        )
+        console.print(f"done; nothing is left running. {folder} keeps the model for next time.")
 
 
 def _heading(console: Console, number: int, text: str) -> None:

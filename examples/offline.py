@@ -1,0 +1,27 @@
+"""Complete prompts in this process, without a server and without Ray.
+
+python examples/offline.py ./my-model "Once upon a time" "In the beginning"
+"""
+
+from __future__ import annotations
+
+import sys
+
+from giantserve import LLM, SamplingParams
+
+
+def main(model: str, prompts: list[str]) -> None:
+    params = SamplingParams(max_tokens=32, temperature=0.7, seed=1)
+    with LLM(model, device_memory="256MiB", host_memory="256MiB", pipeline_parallel=2) as llm:
+        print(llm.plan.reason)
+        for output in llm.generate(prompts, params):
+            print(f"{output.prompt!r} -> {output.text!r} ({output.finish_reason})")
+        for shard in llm.stats()["shards"]:
+            for link in shard["links"]:
+                print(f"{link['source']} to {link['target']}: {link['bytes'] / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(sys.argv[1], sys.argv[2:])
