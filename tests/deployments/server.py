@@ -81,6 +81,7 @@ class Server:
                 stderr=stderr,
                 text=True,
                 env=environment,
+                start_new_session=True,
             )
         assert self.process.stdout is not None
         self.ready_line = self.process.stdout.readline()
@@ -108,7 +109,7 @@ class Server:
         return self.http.post("/v1/completions", json=body)
 
     def stop(self) -> int:
-        """SIGTERM; the exit status."""
+        """SIGTERM to the whole job, as ``timeout`` and a shell send it; the exit status."""
         self.http.close()
-        self.process.send_signal(signal.SIGTERM)
+        os.killpg(self.process.pid, signal.SIGTERM)
         return self.process.wait(60.0)
