@@ -24,6 +24,8 @@ SERVE_SETTINGS = {
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     # Serve's logs stay in Ray's log folder.
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # Ray's workers would run at nice 15: whatever else the machine does would starve the shards.
+    "RAY_worker_niceness": "0",
     # Both for the end of the server: nothing new arrives by then, so there is nothing to wait for.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "60",
