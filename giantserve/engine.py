@@ -176,6 +176,8 @@ class Engine:
         shard."""
         if self._failure is not None:
             raise EngineDeadError(str(self._failure))
+        if self._failure is not None:
+            raise EngineDeadError(str(self._failure))
         answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._enqueue(lambda: self._collect(answer))
         try:
@@ -368,8 +370,9 @@ class Engine:
                 ticket.sink(EngineDeadError("the request's deadline passed while it waited"))
 
     def _collect(self, answer: queue.SimpleQueue[dict[str, Any]]) -> None:
-        self._asking.append(answer)
-        self._executor.request_stats()
+        if self._failure is None:
+            self._asking.append(answer)
+            self._executor.request_stats()
 
     def _answer_stats(self) -> None:
         shards = self._executor.stats
@@ -389,3 +392,4 @@ class Engine:
         self._tickets.clear()
         self._by_sequence.clear()
         self._flush()
+        self._executor.close()

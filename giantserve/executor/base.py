@@ -6,6 +6,7 @@ import os
 import pickle
 import secrets
 import socket
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Listener, wait
@@ -43,6 +44,8 @@ class Executor(ABC):
         self._stats: dict[int, dict[str, Any]] = {}
         self._wake_read, self._wake_write = os.pipe()
         self._closed = False
+        self._broken = False
+        self._closing = threading.Lock()
         self._authkey = secrets.token_bytes(32)
         with Listener((host, 0), backlog=len(specs), authkey=self._authkey) as listener:
             address: tuple[str, int] = listener.address
@@ -68,7 +71,10 @@ class Executor(ABC):
 
     @abstractmethod
     def _end_workers(self) -> None:
-        """End the workers that are left, by force if need be. Idempotent."""
+        """End the workers that are left, by force if need be. Idempotent.
+
+        Once one is gone (``_broken``) the others may wait for it for ever and get no time to end.
+        """
 
     def _accept(self, listener: Listener, count: int) -> None:
         accepting: socket.socket = listener._listener._socket  # type: ignore[attr-defined]
@@ -117,8 +123,10 @@ class Executor(ABC):
         try:
             message = self._connections[rank].recv()
         except (EOFError, OSError):
+            self._broken = True
             raise EngineDeadError(f"shard {rank} died: {self._why_gone(rank)}") from None
         if isinstance(message, Failure):
+            self._broken = True
             message.error.add_note(message.trace)
             raise message.error
         return message
@@ -152,8 +160,9 @@ class Executor(ABC):
 
     def wake(self) -> None:
         """Make a waiting `results` return. From any thread."""
-        if not self._closed:
-            os.write(self._wake_write, b"x")
+        with self._closing:
+            if not self._closed:
+                os.write(self._wake_write, b"x")
 
     def request_stats(self) -> None:
         """Ask all shards for their counters; they arrive with later results."""
@@ -169,9 +178,10 @@ class Executor(ABC):
 
     def close(self) -> None:
         """Stop the workers and release everything. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
         for connection in self._connections.values():
             try:
                 connection.send(Stop())

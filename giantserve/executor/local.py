@@ -47,7 +47,7 @@ class LocalExecutor(Executor):
         return f"its process ended with {status}"
 
     def _end_workers(self) -> None:
-        deadline = time.monotonic() + STOP_TIMEOUT_S
+        deadline = time.monotonic() + (0.0 if self._broken else STOP_TIMEOUT_S)
         for pid in self._pids:
             while self._launcher.exit_status(pid) is None:
                 if time.monotonic() > deadline:

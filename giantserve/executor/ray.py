@@ -110,7 +110,11 @@ class RayExecutor(Executor):
 
     def _end_workers(self) -> None:
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.wait(self._runs, num_returns=len(self._runs), timeout=STOP_TIMEOUT_S)
+            ray.wait(
+                self._runs,
+                num_returns=len(self._runs),
+                timeout=0.0 if self._broken else STOP_TIMEOUT_S,
+            )
         for actor in self._actors:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.kill(actor)

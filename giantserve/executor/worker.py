@@ -28,6 +28,7 @@ from giantserve.executor.messages import (
 )
 from giantserve.executor.worker_socket import set_no_delay
 from giantserve.models.collectives import StageLink, TensorParallel
+from giantserve.models.shared_memory import SharedMemoryGroup
 from giantserve.shard import Shard
 from giantserve.step import StepPlan
 from partition.plan import PartitionPlan
@@ -111,10 +112,10 @@ def _join(setup: Setup, connection: Connection[Any, Any]) -> tuple[TensorParalle
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
     )
-    return _tensor_parallel(plan, rank), _link(plan, rank)
+    return _tensor_parallel(plan, rank, backend), _link(plan, rank)
 
 
-def _tensor_parallel(plan: PartitionPlan, rank: int) -> TensorParallel:
+def _tensor_parallel(plan: PartitionPlan, rank: int, backend: str) -> TensorParallel:
     own = TensorParallel()
     if plan.tensor_parallel == 1:
         return own
@@ -122,7 +123,9 @@ def _tensor_parallel(plan: PartitionPlan, rank: int) -> TensorParallel:
         ranks = [shard.rank for shard in stage.shards]
         group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
         if rank in ranks:
-            own = TensorParallel(rank=ranks.index(rank), world=len(ranks), group=group)
+            place = ranks.index(rank)
+            shared = SharedMemoryGroup.join(place, group, ranks) if backend == "gloo" else None
+            own = TensorParallel(rank=place, world=len(ranks), group=group, shared=shared)
     return own
 
 

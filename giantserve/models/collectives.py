@@ -10,18 +10,27 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from giantserve.models.shared_memory import SharedMemoryGroup
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorParallel:
-    """A shard's place in the group that splits its layers. ``group`` is None for a group of one."""
+    """A shard's place in the group that splits its layers.
+
+    ``group`` is None for a group of one. ``shared`` takes its place for ranks that share a
+    machine's memory.
+    """
 
     rank: int = 0
     world: int = 1
     group: dist.ProcessGroup | None = None
+    shared: SharedMemoryGroup | None = None
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the group, in place where the tensor allows it. Blocks until the sum is
         there."""
+        if self.shared is not None:
+            return self.shared.all_reduce(tensor)
         if self.group is None:
             return tensor
         tensor = tensor.contiguous()
@@ -30,6 +39,8 @@ class TensorParallel:
 
     def all_gather(self, tensor: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """Concatenate the ranks' last dimensions, of the given sizes."""
+        if self.shared is not None:
+            return self.shared.all_gather(tensor, sizes)
         if self.group is None:
             return tensor
         parts = [tensor.new_empty(*tensor.shape[:-1], max(sizes)) for _ in sizes]

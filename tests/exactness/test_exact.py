@@ -80,7 +80,7 @@ def test_same_tokens_as_transformers(
     refusal = ModelProfile.from_pretrained(path).why_not_tensor_parallel(tp)
     if refusal is not None:
         pytest.skip(f"not legal: {refusal}")
-    # 64 blocks of 4 tokens hold two of the eight sequences at full length: KV is demoted and returns
+    # 64 blocks of 4 tokens hold two of the eight sequences at full length: KV must be demoted
     plan = make_plan(path, tp, pp, tiers, device_blocks=64, host_blocks=64)
     greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     with LLM(path, plan=plan, nvme_dir=path / "nvme", launcher=launcher) as llm:
