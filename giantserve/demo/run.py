@@ -40,7 +40,7 @@ def run_demo(folder: Path, model_size: str = "full", keep: bool = False) -> None
     console = Console()
     shape = SHAPES[model_size]
     model, nvme = (folder.absolute() / f"{model_size}-{part}" for part in ("model", "nvme"))
-    with _interrupted_by_signals():
+    with _interrupted_by_signals(console):
         _heading(console, 1, "A model of random weights")
         _prepare(console, shape, model)
         options = {
@@ -127,7 +127,7 @@ def _wait(console: Console, server: Server) -> None:
 
 
 @contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
+def _interrupted_by_signals(console: Console) -> Iterator[None]:
     """SIGTERM and SIGHUP end the demonstration as Ctrl-C does: with everything cleaned up."""
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
@@ -137,6 +137,9 @@ def _interrupted_by_signals() -> Iterator[None]:
     before = [signal.signal(number, interrupt) for number in numbers]
     try:
         yield
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; nothing is left running")
+        raise
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
