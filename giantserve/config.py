@@ -23,7 +23,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     enable_prefix_caching: bool = True
     max_queued_requests: int = 1024
     served_model_name: str | None = None

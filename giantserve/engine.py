@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import queue
@@ -110,7 +111,8 @@ class Engine:
         self._failure: GiantserveError | None = None
         self._stopping = False
         self.counters = EngineStats(resolution.bandwidths)
-        self._asking: list[queue.SimpleQueue[dict[str, Any]]] = []
+        self._asking: list[queue.SimpleQueue[dict[str, Any] | GiantserveError]] = []
+        self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -141,8 +143,6 @@ class Engine:
 
         Raises EngineDeadError, and InvalidRequestError for token ids outside the vocabulary.
         """
-        if self._failure is not None:
-            raise EngineDeadError(str(self._failure))
         params.check_vocab(self.profile.vocab_size)
         if not prompt_token_ids:
             raise InvalidRequestError("the prompt is empty; give at least one token")
@@ -164,26 +164,26 @@ class Engine:
                 deadline_s,
             )
         )
-        if self._failure is not None:  # it ended meanwhile, perhaps without seeing this request
-            raise EngineDeadError(str(self._failure))
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks; nothing more goes to its sink."""
-        self._enqueue(lambda: self._abort(request_id))
+        with contextlib.suppress(EngineDeadError):  # then there is nothing left to drop
+            self._enqueue(lambda: self._abort(request_id))
 
     def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
         """Plain data on queues, KV blocks, tokens, and bytes by tier and direction on every
         shard."""
         if self._failure is not None:
             raise EngineDeadError(str(self._failure))
-        if self._failure is not None:
-            raise EngineDeadError(str(self._failure))
-        answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        answer: queue.SimpleQueue[dict[str, Any] | GiantserveError] = queue.SimpleQueue()
         self._enqueue(lambda: self._collect(answer))
         try:
-            return answer.get(timeout=timeout_s)
+            values = answer.get(timeout=timeout_s)
         except queue.Empty:
             raise EngineDeadError(f"the engine did not answer within {timeout_s:.0f} s") from None
+        if isinstance(values, GiantserveError):
+            raise values
+        return values
 
     @property
     def failure(self) -> GiantserveError | None:
@@ -198,7 +198,11 @@ class Engine:
         self._executor.close()
 
     def _enqueue(self, action: Callable[[], None]) -> None:
-        self._inbox.put(action)
+        """Have the engine's thread run ``action``; raises EngineDeadError where there is none."""
+        with self._ending:
+            if self._failure is not None:
+                raise EngineDeadError(str(self._failure))
+            self._inbox.put(action)
         self._executor.wake()
 
     # The engine's thread
@@ -369,9 +373,9 @@ class Engine:
                 self._abort(ticket.request_id)
                 ticket.sink(EngineDeadError("the request's deadline passed while it waited"))
 
-    def _collect(self, answer: queue.SimpleQueue[dict[str, Any]]) -> None:
+    def _collect(self, answer: queue.SimpleQueue[dict[str, Any] | GiantserveError]) -> None:
+        self._asking.append(answer)
         if self._failure is None:
-            self._asking.append(answer)
             self._executor.request_stats()
 
     def _answer_stats(self) -> None:
@@ -385,10 +389,13 @@ class Engine:
 
     def _end(self, error: GiantserveError) -> None:
         """Nothing more will run: tell everyone who waits."""
-        self._failure = error
+        with self._ending:
+            self._failure = error
         self._drain_inbox()
         for ticket in self._tickets.values():
             ticket.sink(EngineDeadError(str(error)))
+        for answer in self._asking:
+            answer.put(EngineDeadError(str(error)))
         self._tickets.clear()
         self._by_sequence.clear()
         self._flush()

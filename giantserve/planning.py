@@ -20,6 +20,10 @@ buffers."""
 MEMORY_SHARE = 0.8
 """How much of the memory that is free we take when no budget is given."""
 
+CPU_BLOCK_SIZE = 16
+PAGE_MULTIPLE = 256
+"""The block size on CUDA, where FlashAttention 2 takes no smaller page."""
+
 HOST_SHARE = 0.15
 """On a machine without a GPU device and host memory are the same; how much of it backs demoted
 KV."""
@@ -56,14 +60,16 @@ def resolve(config: EngineConfig) -> Resolution:
     calibration = calibrate(folder, device, profile.dtype)
     budget = _budget(config, machine, device, num_devices)
     shared = ("disk",) if device == "cuda" else ("disk", "memory", "compute")
-    cluster = ClusterSpec.local(num_devices, budget, calibration.bandwidths, shared=shared)
+    cluster = ClusterSpec.local(
+        num_devices, budget, calibration.bandwidths, shared=shared, staged=device == "cuda"
+    )
     constraints = Constraints(
         tensor_parallel=config.tensor_parallel,
         pipeline_parallel=config.pipeline_parallel,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        block_size=config.block_size,
+        block_size=config.block_size or (PAGE_MULTIPLE if device == "cuda" else CPU_BLOCK_SIZE),
     )
     decided = plan(profile, cluster, constraints=constraints, model=config.model)
     config = replace(
@@ -78,6 +84,7 @@ def resolve(config: EngineConfig) -> Resolution:
         max_model_len=decided.max_model_len,
         max_num_seqs=decided.max_num_seqs,
         max_num_batched_tokens=decided.max_num_batched_tokens,
+        block_size=decided.block_size,
     )
     bandwidths = cluster.devices(len(decided.shards))[0].bandwidths
     return Resolution(config=config, profile=profile, bandwidths=bandwidths, plan=decided)

@@ -50,7 +50,7 @@ MaxNumSeqs = Annotated[
 MaxNumBatchedTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens in a pass.", rich_help_panel=LIMITS)
 ]
-BlockSize = Annotated[int, typer.Option(min=1, help="Tokens in a block of KV.")]
+BlockSize = Annotated[int | None, typer.Option(min=1, help="Tokens in a block of KV.")]
 PrefixCaching = Annotated[
     bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Reuse KV of equal prefixes.")
 ]

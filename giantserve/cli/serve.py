@@ -50,7 +50,7 @@ def serve(
     max_queued_requests: Annotated[
         int, typer.Option(min=1, help="More wait in vain: 429.", rich_help_panel=opt.LIMITS)
     ] = 1024,
-    block_size: opt.BlockSize = 16,
+    block_size: opt.BlockSize = None,
     prefix_caching: opt.PrefixCaching = True,
     trust_remote_code: opt.TrustRemoteCode = False,
     seed: opt.Seed = 0,

@@ -132,4 +132,5 @@ def _reap(children: dict[int, str | None]) -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    with contextlib.suppress(BrokenPipeError):  # whoever started us is gone, and so are we
+        _main()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from giantserve.models.batch import DecodeGroup, PassBatch
+from giantserve.models.varlen import attend_batch, can_attend
 from kvcache.kv_store import KVStore
 from partition.meta_model import LocalMask
 
@@ -80,6 +81,8 @@ class PagedAttention:
             batch.offsets,
         )
         keys, values = self._kv.layer(layer)
+        if can_attend(query_THD, values, options):
+            return attend_batch(query_THD, keys, values, batch, options).unsqueeze(0), None
         for group in batch.decodes:
             out_THD[group.rows] = attend_decodes(
                 query_THD[group.rows], keys, values, group, options

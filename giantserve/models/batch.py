@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +37,18 @@ class DecodeGroup:
     lengths: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockTables:
+    """All B sequences of a pass in row order, int32: ``blocks`` [B, N] padded with block 0,
+    ``query_starts`` [B + 1] rows, ``contexts`` [B] lengths with the pass's tokens included."""
+
+    blocks: torch.Tensor
+    query_starts: torch.Tensor
+    contexts: torch.Tensor
+    longest_query: int
+    longest_context: int
+
+
 @dataclass(slots=True, kw_only=True)
 class PassBatch:
     """One pass. ``block_ids`` and ``offsets`` [T] say where each token's KV goes.
@@ -51,6 +64,15 @@ class PassBatch:
     decodes: list[DecodeGroup] = field(default_factory=list)
     chunks: list[PromptChunk] = field(default_factory=list)
     gathered: bool = False
+    specs: tuple[ChunkSpec, ...] = ()
+    _tables: BlockTables | None = None
+
+    @property
+    def tables(self) -> BlockTables:
+        """The pass as one kernel wants it; built at the first layer that asks."""
+        if self._tables is None:
+            self._tables = _block_tables(self.specs, self.block_size, self.positions.device)
+        return self._tables
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +135,24 @@ def build_batch(
         decodes=_group_decodes(decodes, device),
         chunks=chunks,
         gathered=gathered,
+        specs=tuple(specs),
+    )
+
+
+def _block_tables(specs: Sequence[ChunkSpec], block_size: int, device: torch.device) -> BlockTables:
+    contexts = [spec.start + spec.length for spec in specs]
+    used = [-(-context // block_size) for context in contexts]
+    starts = [0, *itertools.accumulate(spec.length for spec in specs)]
+    blocks = [
+        [*spec.block_ids[:count], *[0] * (max(used) - count)]
+        for spec, count in zip(specs, used, strict=True)
+    ]
+    return BlockTables(
+        blocks=torch.tensor(blocks, dtype=torch.int32, device=device),
+        query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+        contexts=torch.tensor(contexts, dtype=torch.int32, device=device),
+        longest_query=max(spec.length for spec in specs),
+        longest_context=max(contexts),
     )
 
 
