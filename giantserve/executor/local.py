@@ -52,7 +52,6 @@ class LocalExecutor(Executor):
             while self._launcher.exit_status(pid) is None:
                 if time.monotonic() > deadline:
                     self._launcher.kill(pid)
-                    break
                 time.sleep(0.005)
         if self._own_launcher:
             self._launcher.close()
