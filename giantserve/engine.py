@@ -94,7 +94,7 @@ class Engine:
                 max_num_seqs=self.plan.max_num_seqs,
                 max_num_batched_tokens=self.plan.max_num_batched_tokens,
                 max_model_len=self.plan.max_model_len,
-                max_passes_in_flight=self.plan.pipeline_parallel,
+                max_passes_in_flight=self.plan.passes_in_flight,
                 block_size=self.plan.block_size,
                 max_queued_requests=config.max_queued_requests,
             ),
@@ -234,10 +234,7 @@ class Engine:
             action()
 
     def _fill_pipeline(self) -> None:
-        while self._in_flight < self.plan.pipeline_parallel:
-            plan = self._scheduler.schedule()
-            if plan is None:
-                return
+        while (plan := self._scheduler.schedule()) is not None:
             self._executor.submit(plan)
             self.counters.passes += 1
             self._in_flight += 1

@@ -111,6 +111,14 @@ class PartitionPlan:
         """All shards, by rank: stage-major, tensor-parallel rank within the stage."""
         return tuple(shard for stage in self.stages for shard in stage.shards)
 
+    @property
+    def passes_in_flight(self) -> int:
+        """How many passes run at once: one a stage, so that none is idle. But every pass reads the
+        weights on NVMe again, from a disk that the stages share: then one pass with all sequences
+        moves the least bytes a token."""
+        reads_disk = any(shard.weight_bytes(Tier.NVME) for shard in self.shards)
+        return 1 if reads_disk else self.pipeline_parallel
+
     def validate(self) -> None:
         """Raise PlanError naming the first thing that does not hold: counts, ranks, stages,
         budgets."""

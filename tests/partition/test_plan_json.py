@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from planner_models import RATES, budget, llama_like
 
+from kvcache.tier import Tier
 from partition import ClusterSpec, Constraints, PartitionPlan, PlanError, plan
 
 
@@ -68,3 +70,15 @@ def test_a_spoilt_plan_is_refused(text: str, change: Callable[[Any], None], said
 def test_junk_is_refused(junk: str) -> None:
     with pytest.raises(PlanError):
         PartitionPlan.from_json(junk)
+
+
+def test_stages_take_turns_at_a_disk_they_share(text: str) -> None:
+    resident = PartitionPlan.from_json(text)
+    shard = resident.shards[-1]
+    moved = replace(shard.placements[0], tier=Tier.NVME)
+    streaming = replace(shard, placements=(moved, *shard.placements[1:]))
+    stage = replace(resident.stages[-1], shards=(*resident.stages[-1].shards[:-1], streaming))
+    streamed = replace(resident, stages=(*resident.stages[:-1], stage))
+    assert resident.pipeline_parallel > 1
+    assert resident.passes_in_flight == resident.pipeline_parallel
+    assert streamed.passes_in_flight == 1
