@@ -24,18 +24,18 @@ def parallelise(model: nn.Module, profile: ModelProfile, group: TensorParallel) 
     if group.world == 1:
         return
     rules = {spec.name: spec for unit in profile.units for spec in unit.parameters}
+    head = model.get_output_embeddings()  # type: ignore[operator]
     for path, style in profile.styles.items():
         patch = _PATCHES.get(style)
         if patch is None or path in rules:
             continue
         module = model.get_submodule(path)
+        if module is head:
+            continue
         spec = rules.get(f"{path}.weight")
-        patch(
-            module,
-            _Portions(profile, group, spec.shape if spec else (), spec.rule if spec else None),
-        )
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    if head is not None and not any(model.get_submodule(path) is head for path in profile.styles):
+        shape, rule = (spec.shape, spec.rule) if spec else ((), None)
+        patch(module, _Portions(profile, group, shape, rule))
+    if head is not None:  # split by vocabulary, like the embedding that it may be tied to
         _gather_output(head, _Portions(profile, group, (profile.vocab_size,), ShardRule(dim=0)))
     if profile.kv_sharded:
         _localise_head_counts(model, profile, group)
