@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# In CI the long tail runs, too: every architecture under every split on every tier.
+SELECT := $(if $(CI),,-m "not slow")
 
-.PHONY: help install test quick lint types demo clean
+.PHONY: help install test test-all lint types demo clean
 
 help:
 	@echo "make demo    serve a model larger than its device on this machine, and talk to it"
-	@echo "make test    lint, types and all tests"
-	@echo "make quick   lint, types and the fast tests"
+	@echo "make test    lint, types and tests; with the long tail where CI is set"
+	@echo "make test-all  the same with the long tail (every model, split and tier)"
 
 install: $(STAMP)
 
@@ -27,10 +29,10 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/pytest
+	$(BIN)/pytest $(SELECT)
 
-quick: lint types
-	$(BIN)/pytest -m "not slow"
+test-all: lint types
+	$(BIN)/pytest
 
 demo: $(STAMP)
 	$(BIN)/giantserve demo

@@ -35,16 +35,18 @@ SHAPE = "llama-2.2gb"
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32
 
 
-def prompts(batch: int) -> list[list[int]]:
+def prompts(batch: int, num_tokens: int = PROMPT_TOKENS) -> list[list[int]]:
     """Distinct random prompts, so that no prefix is shared."""
     generator = torch.Generator().manual_seed(time.time_ns() % (1 << 31))
-    return torch.randint(3, 32000, (batch, PROMPT_TOKENS), generator=generator).tolist()
+    return torch.randint(3, 32000, (batch, num_tokens), generator=generator).tolist()
 
 
-def decode_rate(llm: LLM, batch: int, output_tokens: int = OUTPUT_TOKENS) -> tuple[float, float]:
+def decode_rate(
+    llm: LLM, batch: int, output_tokens: int = OUTPUT_TOKENS, prompt_tokens: int = PROMPT_TOKENS
+) -> tuple[float, float]:
     """(decode tokens/s after the first token of the last sequence, prefill seconds)."""
     params = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
-    outputs = llm.generate(prompts(batch), params)
+    outputs = llm.generate(prompts(batch, prompt_tokens), params)
     begin = max(output.time_to_first_token_s for output in outputs)
     end = max(output.latency_s for output in outputs)
     return batch * (output_tokens - 1) / (end - begin), begin
@@ -142,7 +144,7 @@ def streamed_plan(path: Path, nvme_dir: Path, share: float) -> PartitionPlan:
 def io_loop(plan: PartitionPlan, nvme_dir: Path) -> Callable[[], float]:
     """A function that reads the plan's streamed units once, as fast as the backend goes;
     seconds."""
-    (index_path,) = (nvme_dir / "weights").glob("*.json")
+    index_path = max((nvme_dir / "weights").glob("*.json"), key=lambda path: path.stat().st_mtime)
     index = json.loads(index_path.read_text())
     units = {unit["name"]: unit for unit in index["units"]}
     names = [
@@ -150,7 +152,7 @@ def io_loop(plan: PartitionPlan, nvme_dir: Path) -> Callable[[], float]:
     ]
     extents = [(units[name]["offset"], units[name]["num_bytes"]) for name in names]
     backend = BACKENDS["posix"]()
-    file = backend.open(next((nvme_dir / "weights").glob("*.weights")))
+    file = backend.open(index_path.with_suffix(".weights"))
     arena = Arena(Tier.DEVICE, 4 * max(size for _, size in extents), torch.device("cpu"))
     buffers = [arena.allocate(max(size for _, size in extents)) for _ in range(4)]
 
@@ -190,7 +192,7 @@ def streamed(folder: Path, rounds: int) -> None:
             rows = []
             for _ in range(rounds):
                 ceiling = statistics.median(read() for _ in range(3))
-                rate, _ = decode_rate(llm, batch, 9)
+                rate, _ = decode_rate(llm, batch, 9, prompt_tokens=16)
                 rows.append((batch / rate, ceiling))
             print(
                 f"| {batch} | {spread([p for p, _ in rows])} | {spread([c for _, c in rows])} "

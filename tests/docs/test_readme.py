@@ -29,7 +29,8 @@ def test_make_knows_its_targets(words: list[str]) -> None:
     command = ["make", "--dry-run", "--always-make", *words[1:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     last = done.stdout.splitlines()[-1]
-    assert last == {"demo": ".venv/bin/giantserve demo", "test": ".venv/bin/pytest"}[words[1]]
+    starts = {"demo": ".venv/bin/giantserve demo", "test": ".venv/bin/pytest"}
+    assert last.startswith(starts[words[1]])
 
 
 @pytest.mark.parametrize(

@@ -51,18 +51,16 @@ def expected(path: Path) -> list[list[int]]:
 
 
 def cases() -> list[object]:
-    """Every core architecture at every split on one tier in turn, and on every tier unsplit; the
-    rest of the product, and every other architecture, as the long tail."""
+    """Every core architecture at every split, on one tier in turn, and every other architecture at
+    one split; the rest as the long tail."""
     found = []
     for number, name in enumerate(OVERRIDES):
         for place, (tp, pp) in enumerate(SPLITS):
             for index, tiers in enumerate(TIERS):
-                quick = name in CORE and (
-                    (number + place) % len(TIERS) == index or (tp, pp) == (1, 1)
-                )
-                tail = name not in CORE and (number + place) % len(TIERS) != index
-                if tail:
+                in_turn = (number + place) % len(TIERS) == index
+                if name not in CORE and not in_turn:
                     continue
+                quick = in_turn and (name in CORE or (tp, pp) == SPLITS[number % len(SPLITS)])
                 marks = () if quick else (pytest.mark.slow,)
                 found.append(
                     pytest.param(

@@ -15,7 +15,6 @@ from kvcache.tier import Tier
 from tests.exactness.zoo import make_prompts
 from tests.memory.big_llama import write_big_llama
 
-pytestmark = pytest.mark.slow
 MIB = 1 << 20
 BUDGET = 256 * MIB
 RUNTIME = 700 * MIB
