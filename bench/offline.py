@@ -33,6 +33,7 @@ from partition import PartitionPlan
 
 SHAPE = "llama-2.2gb"
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 32
+KV_BLOCKS = 64 * 4
 
 
 def prompts(batch: int, num_tokens: int = PROMPT_TOKENS) -> list[list[int]]:
@@ -138,7 +139,21 @@ def streamed_plan(path: Path, nvme_dir: Path, share: float) -> PartitionPlan:
             low = middle
         else:
             high = middle
-    return resolve(replace(config, device_memory=high, host_memory=0)).plan
+    plan = resolve(replace(config, device_memory=high, host_memory=0)).plan
+    (shard,) = plan.shards
+    kv_bytes = KV_BLOCKS * full.profile.kv_layout(0, 22, plan.block_size).block_bytes
+    largest = max(p.num_bytes for p in shard.placements if p.tier is Tier.NVME)
+    ring_bytes = max(shard.ring_bytes, 4 * largest)
+    device_bytes = shard.budget.device_bytes - shard.device_kv_bytes + kv_bytes
+    device_bytes += ring_bytes - shard.ring_bytes
+    shard = replace(
+        shard,
+        ring_bytes=ring_bytes,
+        device_kv_bytes=kv_bytes,
+        budget=replace(shard.budget, device_bytes=device_bytes),
+    )
+    stage = replace(plan.stages[0], shards=(shard,))
+    return replace(plan, stages=(stage,), num_device_blocks=KV_BLOCKS)
 
 
 def io_loop(plan: PartitionPlan, nvme_dir: Path) -> Callable[[], float]:
