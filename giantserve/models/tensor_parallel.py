@@ -37,8 +37,22 @@ def parallelise(model: nn.Module, profile: ModelProfile, group: TensorParallel) 
         patch(module, _Portions(profile, group, shape, rule))
     if head is not None:  # split by vocabulary, like the embedding that it may be tied to
         _gather_output(head, _Portions(profile, group, (profile.vocab_size,), ShardRule(dim=0)))
+    if _has_unaligned_experts(profile, group):
+        model.config._experts_implementation = "eager"  # type: ignore[union-attr]
     if profile.kv_sharded:
         _localise_head_counts(model, profile, group)
+
+
+def _has_unaligned_experts(profile: ModelProfile, group: TensorParallel) -> bool:
+    """Whether a rank's slice of the experts is one that torch's grouped product refuses: its rows
+    must be multiples of 16 bytes."""
+    return any(
+        spec.local_shape(profile.heads, rank, group.world)[-1] * spec.dtype_bytes % 16
+        for unit in profile.units
+        for spec in unit.parameters
+        if spec.num_experts > 1
+        for rank in range(group.world)
+    )
 
 
 class _Portions:
