@@ -3,14 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# In CI the long tail runs, too: every architecture under every split on every tier.
-SELECT := $(if $(CI),,-m "not slow")
 
 .PHONY: help install test test-all lint types demo clean
 
 help:
 	@echo "make demo    serve a model larger than its device on this machine, and talk to it"
-	@echo "make test    lint, types and tests; with the long tail where CI is set"
+	@echo "make test    lint, types and tests"
 	@echo "make test-all  the same with the long tail (every model, split and tier)"
 
 install: $(STAMP)
@@ -29,7 +27,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/pytest $(SELECT)
+	$(BIN)/pytest -m "not slow"
 
 test-all: lint types
 	$(BIN)/pytest

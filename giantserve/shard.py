@@ -24,8 +24,8 @@ from kvcache.kv_store import KVStore
 from kvcache.shard_store import ShardStore
 from kvcache.tier import Tier
 from kvcache.weights import UnitLayout, WeightManager
-from partition.meta_model import build_meta_model
-from partition.profile import ModelProfile, Unit, UnitKind
+from partition.meta_model import ATTENTION_NAME, build_meta_model
+from partition.profile import AttentionKind, ModelProfile, Unit, UnitKind
 from partition.profiling import load_config
 
 Progress = Callable[[str, int, int], None]
@@ -92,7 +92,8 @@ class Shard:
         progress: Progress,
     ) -> WeightManager:
         checkpoint = Checkpoint(Path(spec.plan.model))
-        meta = build_meta_model(config)
+        generic = profile.attention is AttentionKind.GENERIC
+        meta = build_meta_model(config, "eager" if generic else ATTENTION_NAME)
         source = SourceMap(meta, checkpoint)
         tensors = {**dict(meta.named_parameters()), **dict(meta.named_buffers())}
         by_name = {p.name: p for unit in self._model.units for p in unit.parameters}
