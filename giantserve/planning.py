@@ -61,7 +61,12 @@ def resolve(config: EngineConfig) -> Resolution:
     budget = _budget(config, machine, device, num_devices)
     shared = ("disk",) if device == "cuda" else ("disk", "memory", "compute")
     cluster = ClusterSpec.local(
-        num_devices, budget, calibration.bandwidths, shared=shared, staged=device == "cuda"
+        num_devices,
+        budget,
+        calibration.bandwidths,
+        calibration.link,
+        shared=shared,
+        staged=device == "cuda",
     )
     constraints = Constraints(
         tensor_parallel=config.tensor_parallel,

@@ -2,8 +2,9 @@
 torch."""
 
 from partition.bandwidths import Bandwidths, GemmRate
-from partition.cluster import ClusterSpec, DeviceSpec, NodeSpec
+from partition.cluster import ClusterSpec, DeviceSpec, NodeLink, NodeSpec
 from partition.errors import BudgetError, PlanError, UnsupportedArchitectureError
+from partition.links import Link
 from partition.plan import Forecast, PartitionPlan, ShardPlan, StagePlan, UnitPlacement
 from partition.profile import ModelProfile
 from partition.search import plan, runners_up
@@ -17,7 +18,9 @@ __all__ = [
     "DeviceSpec",
     "Forecast",
     "GemmRate",
+    "Link",
     "ModelProfile",
+    "NodeLink",
     "NodeSpec",
     "Objective",
     "PartitionPlan",

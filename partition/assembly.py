@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvcache.tier import Tier
 from partition.byte_size import format_byte_size
+from partition.cluster import StageDevices
 from partition.cost import (
     PAGE_BYTES,
     Array,
@@ -17,7 +18,7 @@ from partition.cost import (
     pass_time,
     pipeline_cycle_s,
 )
-from partition.layout_search import Solution, StageDevices
+from partition.layout_search import Solution
 from partition.plan import Forecast, PartitionPlan, ShardPlan, StagePlan, UnitPlacement
 from partition.profile import Unit, UnitKind
 from partition.sizing import Sizing
@@ -115,9 +116,11 @@ class Assembly:
             self.costs.terms(
                 self.table.loads[rank].at(*solution.split[stage]),
                 shape,
-                self.stage_devices[stage][rank].bandwidths,
+                self.stage_devices[stage].devices[rank].bandwidths,
                 choice.streamed_bytes,
                 choice.disk_bytes,
+                group_link=self.stage_devices[stage].group_link,
+                next_link=self.stage_devices[stage].next_link,
             )
             for rank, choice in enumerate(solution.choices[stage])
         ]
@@ -163,7 +166,7 @@ class Assembly:
             rank=stage * self.table.tensor_parallel + rank,
             stage=stage,
             tp_rank=rank,
-            budget=self.stage_devices[stage][rank].budget,
+            budget=self.stage_devices[stage].devices[rank].budget,
             placements=tuple(
                 UnitPlacement(unit=unit.name, tier=tiers[unit.name], num_bytes=sizes[unit.name])
                 for unit in units

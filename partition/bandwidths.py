@@ -27,9 +27,8 @@ class GemmRate:
 class Bandwidths:
     """Rates of one device in bytes/s and latencies in seconds.
 
-    ``gemm`` is sorted by rows and interpolated between them. ``all_reduce`` is the rate of one
-    rank's link in a ring, ``send`` that between neighbouring stages. ``unit_latency_s`` is lost
-    once per unit per pass.
+    ``gemm`` is sorted by rows and interpolated between them. ``unit_latency_s`` is lost once per
+    unit per pass.
     """
 
     device_memory: float
@@ -37,10 +36,6 @@ class Bandwidths:
     disk_read: float
     disk_write: float
     gemm: tuple[GemmRate, ...]
-    all_reduce: float = 1e9
-    all_reduce_latency_s: float = 2e-4
-    send: float = 1e9
-    send_latency_s: float = 2e-4
     unit_latency_s: float = 5e-5
 
     def __post_init__(self) -> None:
@@ -66,19 +61,6 @@ class Bandwidths:
                 share = math.log(rows / low.rows) / math.log(high.rows / low.rows)
                 return low.flops_per_s + share * (high.flops_per_s - low.flops_per_s)
         return points[-1].flops_per_s
-
-    def all_reduce_s(self, num_bytes: float, world: int) -> float:
-        """A ring all-reduce moves 2 (w-1)/w of the message in 2 (w-1) hops (Thakur et al.,
-        2005)."""
-        if world == 1:
-            return 0.0
-        share = 2 * (world - 1) / world
-        return self.all_reduce_latency_s + share * num_bytes / self.all_reduce
-
-    def send_s(self, num_bytes: float) -> float:
-        """A point-to-point message between stages: latency plus bytes over the link (Hockney,
-        1994)."""
-        return self.send_latency_s + num_bytes / self.send
 
     def shared_by(self, num_devices: int, resources: tuple[str, ...]) -> Bandwidths:
         """The part of one of ``num_devices`` that use the named `RESOURCES` at the same time."""

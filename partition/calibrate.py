@@ -18,13 +18,14 @@ from partition.bandwidths import Bandwidths, GemmRate
 from partition.codec import decode, encode
 from partition.disk_probe import probe_disk
 from partition.errors import PlanError
+from partition.links import Link
 
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 GEMM_ROWS = (1, 8, 64, 256)
 GEMM_SIDE = 2048
 BUFFER_BYTES = 128 << 20
 TIME_LIMIT_S = 0.15
-LOOPBACK = {"all_reduce": 1e9, "all_reduce_latency_s": 4e-4, "send": 1e9, "send_latency_s": 2e-4}
+LOOPBACK = Link(bandwidth=1e9, latency_s=2e-4, all_reduce_bandwidth=1e9, all_reduce_latency_s=4e-4)
 """gloo over loopback on an ordinary machine; collectives need a second process to be measured."""
 
 
@@ -40,6 +41,7 @@ class Calibration:
     measured_at: str
     direct_io: bool
     bandwidths: Bandwidths
+    link: Link
     version: int = CALIBRATION_VERSION
 
 
@@ -124,8 +126,8 @@ def _measure(folder: Path, device: str, dtype: str) -> Calibration:
             disk_read=disk.read,
             disk_write=disk.write,
             gemm=_gemm_rates(device, dtype),
-            **LOOPBACK,
         ),
+        link=LOOPBACK,
     )
 
 

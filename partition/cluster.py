@@ -11,6 +11,7 @@ from kvcache.tier import TierBudget
 from partition.bandwidths import RESOURCES, Bandwidths
 from partition.codec import decode
 from partition.errors import PlanError
+from partition.links import Link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,9 +37,11 @@ class DeviceSpec:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
     """A machine. ``shared`` names the resources ("disk", "memory", "compute") whose rates are the
-    node's and are divided among the devices in use; other rates are each device's own."""
+    node's and are divided among the devices in use; other rates are each device's own. ``link``
+    joins its devices."""
 
     devices: tuple[DeviceSpec, ...]
+    link: Link
     name: str = "node"
     shared: tuple[str, ...] = ("disk",)
 
@@ -51,18 +54,84 @@ class NodeSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageDevices:
+    """The devices of one stage by rank, with their part of what is shared. ``group_link`` joins
+    them, ``next_link`` leads to the next stage (None: this is the last)."""
+
+    devices: tuple[DeviceSpec, ...]
+    group_link: Link
+    next_link: Link | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLink:
+    """What joins two nodes, by name, where it is not the cluster's ``network``."""
+
+    nodes: tuple[str, ...]
+    link: Link
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """The nodes, in the order in which ranks are dealt to their devices."""
+    """The nodes, in the order in which ranks are dealt to their devices. ``network`` joins any two
+    nodes for which ``links`` has nothing else."""
 
     nodes: tuple[NodeSpec, ...]
+    network: Link | None = None
+    links: tuple[NodeLink, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.nodes:
             raise PlanError("the cluster has no nodes; list at least one")
+        names = [node.name for node in self.nodes]
+        if len(set(names)) < len(names):
+            raise PlanError(f"nodes are named {', '.join(names)}; give each a name of its own")
+        if self.network is None and len(names) > 1:
+            raise PlanError("the cluster has several nodes but no network; add network")
+        for joined in self.links:
+            unknown = [name for name in joined.nodes if name not in names]
+            if unknown:
+                raise PlanError(f"a link joins {unknown[0]}, which is no node")
+            if len(set(joined.nodes)) != 2:
+                raise PlanError(f"a link joins {', '.join(joined.nodes)}; name two nodes")
+
+    def link(self, left: NodeSpec, right: NodeSpec) -> Link:
+        """What joins devices of these nodes, which may be the same."""
+        if left is right:
+            return left.link
+        pair = {left.name, right.name}
+        found = next((joined.link for joined in self.links if set(joined.nodes) == pair), None)
+        link = found or self.network
+        assert link is not None
+        return link
 
     @property
     def num_devices(self) -> int:
         return sum(len(node.devices) for node in self.nodes)
+
+    def stages(self, tensor_parallel: int, pipeline_parallel: int) -> tuple[StageDevices, ...]:
+        """The first devices in the cluster's order, dealt to the stages."""
+        count = tensor_parallel * pipeline_parallel
+        devices = self.devices(count)
+        homes = [node for node in self.nodes for _ in node.devices][:count]
+        firsts = range(0, count, tensor_parallel)
+        return tuple(
+            StageDevices(
+                devices=devices[first : first + tensor_parallel],
+                group_link=self._slowest(homes[first : first + tensor_parallel]),
+                next_link=(
+                    self.link(homes[first + tensor_parallel - 1], homes[first + tensor_parallel])
+                    if first + tensor_parallel < count
+                    else None
+                ),
+            )
+            for first in firsts
+        )
+
+    def _slowest(self, homes: list[NodeSpec]) -> Link:
+        """The link that a collective over devices of these nodes waits for."""
+        links = [self.link(left, right) for left in homes for right in homes]
+        return min(links, key=lambda link: link.bandwidth)
 
     def devices(self, count: int) -> tuple[DeviceSpec, ...]:
         """The first ``count`` devices, each with its part of what its node shares among those in
@@ -90,7 +159,9 @@ class ClusterSpec:
             nodes=tuple(
                 replace(node, devices=tuple(raised(device) for device in node.devices))
                 for node in self.nodes
-            )
+            ),
+            network=self.network,
+            links=self.links,
         )
 
     @classmethod
@@ -99,6 +170,7 @@ class ClusterSpec:
         num_devices: int,
         budget: TierBudget,
         bandwidths: Bandwidths,
+        link: Link,
         *,
         shared: tuple[str, ...] = ("disk", "memory", "compute"),
         staged: bool = False,
@@ -110,7 +182,7 @@ class ClusterSpec:
             raise PlanError(f"{num_devices} devices cannot hold a model; give at least 1")
         device = DeviceSpec(budget=budget, bandwidths=bandwidths, staged=staged)
         devices = tuple(replace(device, name=f"device-{i}") for i in range(num_devices))
-        return cls(nodes=(NodeSpec(devices=devices, name="local", shared=shared),))
+        return cls(nodes=(NodeSpec(devices=devices, name="local", shared=shared, link=link),))
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> ClusterSpec:

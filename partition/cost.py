@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partition.bandwidths import Bandwidths
+from partition.links import Link
 from partition.profile import ModelProfile, Unit, UnitKind
 
 Array = NDArray[np.float64]
@@ -82,7 +83,6 @@ class CostModel:
 
     profile: ModelProfile
     tensor_parallel: int
-    pipeline_parallel: int
     activation_bytes: int
 
     def terms(
@@ -92,9 +92,13 @@ class CostModel:
         rates: Bandwidths,
         streamed_bytes: Array | float = 0.0,
         disk_bytes: Array | float = 0.0,
+        *,
+        group_link: Link,
+        next_link: Link | None,
     ) -> dict[str, Array]:
         """Seconds by term. ``streamed_bytes`` are all that is not resident, ``disk_bytes`` its part
-        on NVMe.
+        on NVMe. ``group_link`` joins the ranks of the stage, ``next_link`` leads to the next stage
+        (None: this is the last).
 
         The roofline (Williams et al., 2009) extended to tiers as in FlexGen (Sheng et al., 2023):
         weights and KV over device memory, streamed weights over the host link, disk bytes over the
@@ -105,9 +109,11 @@ class CostModel:
         flops = shape.num_tokens * (load.flops_per_token + load.attention_flops * shape.context)
         hidden_bytes = shape.num_tokens * self.profile.hidden_size * self.activation_bytes
         # row-parallel products end each layer's attention and MLP with an all-reduce (Megatron-LM)
-        collectives = 2 * load.num_layers * rates.all_reduce_s(hidden_bytes, self.tensor_parallel)
-        if self.pipeline_parallel > 1:
-            collectives = collectives + rates.send_s(hidden_bytes)
+        collectives = (
+            2 * load.num_layers * group_link.all_reduce_s(hidden_bytes, self.tensor_parallel)
+        )
+        if next_link is not None:
+            collectives = collectives + next_link.send_s(hidden_bytes)
         return {
             "device memory": (touched + kv) / rates.device_memory,
             "host link": np.asarray(streamed_bytes / rates.host_to_device),

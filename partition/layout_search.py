@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from partition.cluster import DeviceSpec
+from partition.cluster import DeviceSpec, StageDevices
 from partition.cost import (
     PAGE_BYTES,
     CostModel,
@@ -21,8 +21,6 @@ from partition.layer_split import Split, split_layers
 from partition.sizing import Sizing
 from partition.stage_table import StageTable
 from partition.tier_choice import TierChoice, TierProblem, choose_tiers
-
-StageDevices = tuple[DeviceSpec, ...]
 
 
 class Room(NamedTuple):
@@ -54,7 +52,7 @@ class LayoutSearch:
         self,
         table: StageTable,
         costs: CostModel,
-        devices: tuple[DeviceSpec, ...],
+        stage_devices: tuple[StageDevices, ...],
         sizing: Sizing,
         block_size: int,
         decode: PassShape,
@@ -66,11 +64,8 @@ class LayoutSearch:
         self._block_size = block_size
         self._decode = decode
         self._tiers = tiers
-        world = table.tensor_parallel
-        self.stage_devices: tuple[StageDevices, ...] = tuple(
-            devices[i : i + world] for i in range(0, len(devices), world)
-        )
-        self._bounds = {held: self._lower_bounds(held) for held in set(self.stage_devices)}
+        self.stage_devices = stage_devices
+        self._bounds = {held: self._lower_bounds(held) for held in set(stage_devices)}
 
     def bound(self) -> float:
         """A lower bound on the slowest stage's decode pass, in seconds; inf where nothing can
@@ -122,9 +117,11 @@ class LayoutSearch:
             terms = self._costs.terms(
                 load,
                 self._decode,
-                held[rank].bandwidths,
+                held.devices[rank].bandwidths,
                 choice.streamed_bytes,
                 choice.disk_bytes,
+                group_link=held.group_link,
+                next_link=held.next_link,
             )
             slowest = max(slowest, float(pass_time(terms)))
         return slowest
@@ -133,11 +130,9 @@ class LayoutSearch:
         self, held: StageDevices, run: tuple[int, int]
     ) -> Iterator[TierChoice | None]:
         units = self._table.profile.stage_units(*run)
-        for rank, device in enumerate(held):
+        for rank, device in enumerate(held.devices):
             load = self._table.loads[rank].at(*run)
-            problem = self._tier_problem(
-                rank, device, load, self._table.stream_classes(units, rank)
-            )
+            problem = self._tier_problem(rank, held, load, self._table.stream_classes(units, rank))
             if problem not in self._tiers:
                 self._tiers[problem] = choose_tiers(problem)
             choice = self._tiers[problem]
@@ -147,10 +142,17 @@ class LayoutSearch:
             yield choice
 
     def _tier_problem(
-        self, rank: int, device: DeviceSpec, load: Load, classes: tuple[tuple[int, int], ...]
+        self, rank: int, held: StageDevices, load: Load, classes: tuple[tuple[int, int], ...]
     ) -> TierProblem:
+        device = held.devices[rank]
         room = self._room(rank, load, device)
-        terms = self._costs.terms(load, self._decode, device.bandwidths)
+        terms = self._costs.terms(
+            load,
+            self._decode,
+            device.bandwidths,
+            group_link=held.group_link,
+            next_link=held.next_link,
+        )
         return TierProblem(
             classes=classes,
             embedding=int(load.embedding_bytes),
@@ -182,13 +184,21 @@ class LayoutSearch:
         """[first, end]: no stage time is below these. Units are taken as divisible, the ring as two
         of the smallest; a stage that fits its device is exact."""
         bounds = np.zeros_like(self._table.loads[0].num_layers)
-        for rank, device in enumerate(held):
+        for rank, device in enumerate(held.devices):
             load = self._table.loads[rank]
             room = self._room(rank, load, device)
             resident = load.stream_bytes <= room.device
             streamed = np.where(resident, 0.0, load.stream_bytes - room.device)
             on_disk = np.maximum(0.0, streamed - room.host)
-            terms = self._costs.terms(load, self._decode, device.bandwidths, streamed, on_disk)
+            terms = self._costs.terms(
+                load,
+                self._decode,
+                device.bandwidths,
+                streamed,
+                on_disk,
+                group_link=held.group_link,
+                next_link=held.next_link,
+            )
             fits = (room.device >= 0) & (room.host >= 0)
             fits &= load.stream_bytes + load.embedding_bytes <= room.device + room.host + room.nvme
             fits &= resident | room.may_stream

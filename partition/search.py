@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvcache.layout import DTYPE_BYTES
 from partition.assembly import Assembly, batch_size, decode_shape
-from partition.cluster import ClusterSpec, DeviceSpec
+from partition.cluster import ClusterSpec
 from partition.cost import CostModel
 from partition.errors import PlanError
 from partition.layout_search import LayoutSearch
@@ -157,24 +157,21 @@ class Search:
             for sizing in sizings(
                 self._profile, devices, table.width, pipeline, self._workload, self._constraints
             ):
-                yield from self._candidate((tensor, pipeline), devices, sizing)
+                yield from self._candidate((tensor, pipeline), sizing)
 
     def _least_candidates(self) -> Iterator[_Candidate]:
         for tensor, pipeline in self._layouts():
-            devices = self._cluster.devices(tensor * pipeline)
             width = self._table(tensor).width
             sizing = least_sizing(self._profile, width, self._workload, self._constraints)
-            yield from self._candidate((tensor, pipeline), devices, sizing)
+            yield from self._candidate((tensor, pipeline), sizing)
 
-    def _candidate(
-        self, layout: tuple[int, int], devices: tuple[DeviceSpec, ...], sizing: Sizing
-    ) -> Iterator[_Candidate]:
+    def _candidate(self, layout: tuple[int, int], sizing: Sizing) -> Iterator[_Candidate]:
         """The candidate, unless its bound shows that it cannot fit."""
         tensor, pipeline = layout
         search = LayoutSearch(
             self._table(tensor),
             self._costs(layout),
-            devices,
+            self._cluster.stages(tensor, pipeline),
             sizing,
             self._constraints.block_size,
             decode_shape(sizing, self._workload, pipeline),
@@ -190,7 +187,6 @@ class Search:
         return CostModel(
             profile=self._profile,
             tensor_parallel=layout[0],
-            pipeline_parallel=layout[1],
             activation_bytes=DTYPE_BYTES[self._profile.dtype],
         )
 

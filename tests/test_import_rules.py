@@ -69,6 +69,7 @@ LIGHT = (
     "partition.explain",
     "partition.layer_split",
     "partition.layout_search",
+    "partition.links",
     "partition.plan",
     "partition.profile",
     "partition.search",

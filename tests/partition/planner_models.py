@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvcache.layout import KVLayerSpec
 from kvcache.tier import TierBudget
-from partition import Bandwidths, GemmRate, ModelProfile
+from partition import Bandwidths, GemmRate, Link, ModelProfile
 from partition.profile import AttentionKind, Unit, UnitKind
 from partition.sharding import Deal, HeadCounts, ParameterSpec, ShardRule
 
@@ -15,10 +15,9 @@ RATES = Bandwidths(
     disk_read=1e9,
     disk_write=1e9,
     gemm=(GemmRate(rows=1, flops_per_s=1e12), GemmRate(rows=64, flops_per_s=2e12)),
-    all_reduce_latency_s=1e-6,
-    send_latency_s=1e-6,
     unit_latency_s=1e-6,
 )
+LINK = Link(bandwidth=1e9, latency_s=1e-6)
 
 
 def budget(device: int, host: int = 0, nvme: int = 0) -> TierBudget:

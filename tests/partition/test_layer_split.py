@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_models import PAGE, RATES, budget, llama_like
+from planner_models import LINK, PAGE, RATES, budget, llama_like
 
-from partition.cluster import ClusterSpec, DeviceSpec, NodeSpec
+from partition.cluster import ClusterSpec, DeviceSpec, NodeSpec, StageDevices
 from partition.cost import CostModel, PassShape, distinct_experts, pipeline_cycle_s
 from partition.layer_split import split_layers
 from partition.layout_search import LayoutSearch
@@ -61,10 +61,16 @@ def test_unequal_devices_get_the_best_of_all_splits(
     mlps: list[int], pages: list[int], speeds: list[float]
 ) -> None:
     model = llama_like(num_layers=len(mlps), mlp_sizes=tuple(16 * size for size in mlps))
-    devices = tuple(
-        DeviceSpec(
-            budget=budget(device * PAGE, 4 * PAGE, 400 * PAGE),
-            bandwidths=RATES.shared_by(int(speed), ("disk", "memory")),
+    stages = tuple(
+        StageDevices(
+            devices=(
+                DeviceSpec(
+                    budget=budget(device * PAGE, 4 * PAGE, 400 * PAGE),
+                    bandwidths=RATES.shared_by(int(speed), ("disk", "memory")),
+                ),
+            ),
+            group_link=LINK,
+            next_link=LINK,
         )
         for device, speed in zip(pages, speeds, strict=False)
     )
@@ -74,10 +80,9 @@ def test_unequal_devices_get_the_best_of_all_splits(
         CostModel(
             profile=model,
             tensor_parallel=1,
-            pipeline_parallel=len(devices),
             activation_bytes=2,
         ),
-        devices,
+        stages,
         Sizing(
             num_device_blocks=1,
             num_host_blocks=0,
@@ -96,7 +101,7 @@ def test_unequal_devices_get_the_best_of_all_splits(
             search.stage_time(held, run)
             for held, run in zip(search.stage_devices, cut, strict=True)
         )
-        for cut in cuts(len(mlps), len(devices))
+        for cut in cuts(len(mlps), len(stages))
     ]
     best = min(prices)
     solution = search.solve()
@@ -118,19 +123,20 @@ def test_a_pass_returns_when_all_stages_or_all_other_passes_are_done() -> None:
 
 
 def test_collectives_by_message_size() -> None:
-    assert RATES.all_reduce_s(1e9, 1) == 0.0
-    assert RATES.all_reduce_s(1e9, 4) == pytest.approx(1.5 + 1e-6)
-    assert RATES.send_s(5e8) == pytest.approx(0.5 + 1e-6)
+    assert LINK.all_reduce_s(1e9, 1) == 0.0
+    assert LINK.all_reduce_s(1e9, 4) == pytest.approx(1.5 + 1e-6)
+    assert LINK.send_s(5e8) == pytest.approx(0.5 + 1e-6)
 
 
 def test_ranks_go_to_devices_in_the_order_of_the_nodes() -> None:
     left, right = (
         NodeSpec(
             name=name,
+            link=LINK,
             devices=(DeviceSpec(budget=budget(size), bandwidths=RATES),),
         )
         for name, size in (("left", 1), ("right", 2))
     )
-    cluster = ClusterSpec(nodes=(left, right))
+    cluster = ClusterSpec(nodes=(left, right), network=LINK)
     assert [d.budget.device_bytes for d in cluster.devices(2)] == [1, 2]
     assert [d.bandwidths.disk_read for d in cluster.devices(2)] == [1e9, 1e9]

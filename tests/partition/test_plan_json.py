@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from planner_models import RATES, budget, llama_like
+from planner_models import LINK, RATES, budget, llama_like
 
 from kvcache.tier import Tier
 from partition import ClusterSpec, Constraints, PartitionPlan, PlanError, plan
@@ -14,7 +14,7 @@ from partition import ClusterSpec, Constraints, PartitionPlan, PlanError, plan
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    cluster = ClusterSpec.local(2, budget(256 << 10, 128 << 10, 8 << 20), RATES)
+    cluster = ClusterSpec.local(2, budget(256 << 10, 128 << 10, 8 << 20), RATES, LINK)
     fixed = Constraints(tensor_parallel=1, pipeline_parallel=2)
     return plan(llama_like(), cluster, constraints=fixed, model="a/b").to_json()
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_models import PAGE, RATES, budget, llama_like
+from planner_models import LINK, PAGE, RATES, budget, llama_like
 
 from kvcache.tier import Tier
 from partition import (
@@ -30,7 +30,7 @@ SMALL = Workload(prompt_tokens=16, output_tokens=16, concurrency=4)
 
 
 def on(devices: int, device: int, host: int = 0, nvme: int = 0) -> ClusterSpec:
-    return ClusterSpec.local(devices, budget(device, host, nvme), RATES)
+    return ClusterSpec.local(devices, budget(device, host, nvme), RATES, LINK)
 
 
 def tiers(made: PartitionPlan) -> dict[str, Tier]:
@@ -67,7 +67,7 @@ def test_uneven_layers_are_cut_where_the_slowest_stage_is_fastest() -> None:
 
 def test_streaming_splits_pay_with_more_shards() -> None:
     model = llama_like(num_layers=8, hidden=256, inter=1024)
-    cluster = ClusterSpec.local(4, budget(2 * MIB, 0, 64 * MIB), RATES, shared=())
+    cluster = ClusterSpec.local(4, budget(2 * MIB, 0, 64 * MIB), RATES, LINK, shared=())
     made = plan(model, cluster, SMALL)
     assert made.tensor_parallel * made.pipeline_parallel == 4
     others = runners_up(model, cluster, SMALL)
@@ -198,7 +198,9 @@ def test_a_large_model_over_eight_devices_is_planned_quickly() -> None:
     model: ModelProfile = llama_like(
         num_layers=80, hidden=8192, inter=28672, vocab=128256, query=64, key_value=8
     )
-    cluster = ClusterSpec.local(8, budget(8 << 30, 4 << 30, 800 << 30), RATES, shared=("disk",))
+    cluster = ClusterSpec.local(
+        8, budget(8 << 30, 4 << 30, 800 << 30), RATES, LINK, shared=("disk",)
+    )
     start = time.process_time()
     made = plan(model, cluster)
     assert time.process_time() - start < 10  # a guard against blow-ups: 0.6 s on two slow cores
