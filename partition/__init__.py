@@ -1,7 +1,7 @@
 """The planner: which shard holds which weights on which tier, and what a pass will cost. Imports no
 torch."""
 
-from partition.bandwidths import Bandwidths, GemmRate
+from partition.bandwidths import Bandwidths, GemmRate, RuntimeRates
 from partition.cluster import ClusterSpec, DeviceSpec, NodeLink, NodeSpec
 from partition.errors import BudgetError, PlanError, UnsupportedArchitectureError
 from partition.links import Link
@@ -25,6 +25,7 @@ __all__ = [
     "Objective",
     "PartitionPlan",
     "PlanError",
+    "RuntimeRates",
     "ShardPlan",
     "StagePlan",
     "UnitPlacement",

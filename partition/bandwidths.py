@@ -1,10 +1,11 @@
-"""What a device, its links and its collectives reach: the constants of the cost model."""
+"""What a device, its tiers and its runtime reach: the constants of the cost model."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from typing import Any
 
 from partition.errors import PlanError
 
@@ -24,11 +25,31 @@ class GemmRate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bandwidths:
-    """Rates of one device in bytes/s and latencies in seconds.
+class RuntimeRates:
+    """What a pass costs beside its matrix products; None: at the rate of the device's memory.
 
-    ``gemm`` is sorted by rows and interpolated between them. ``unit_latency_s`` is lost once per
-    unit per pass.
+    ``layer_latency_s`` and ``pass_latency_s`` are lost at any size (launches, scheduling).
+    ``attention`` is the rate at which decode attention reads KV and ``elementwise`` that of norms,
+    activations and residuals, in bytes/s; ``sampling`` are logits/s.
+    """
+
+    layer_latency_s: float = 3e-4
+    pass_latency_s: float = 1e-3
+    attention: float | None = None
+    elementwise: float | None = None
+    sampling: float | None = None
+
+    def __post_init__(self) -> None:
+        check_rates(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bandwidths:
+    """Rates of one device in bytes/s.
+
+    ``gemm`` is sorted by rows and interpolated between them; ``streamed_gemm`` is the same for
+    weights that only pass through the device, where these have no layout of their own (empty: as
+    ``gemm``).
     """
 
     device_memory: float
@@ -36,24 +57,20 @@ class Bandwidths:
     disk_read: float
     disk_write: float
     gemm: tuple[GemmRate, ...]
-    unit_latency_s: float = 5e-5
+    streamed_gemm: tuple[GemmRate, ...] = ()
+    runtime: RuntimeRates = field(default_factory=RuntimeRates)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.name == "gemm":
-                continue
-            value = getattr(self, field.name)
-            is_latency = field.name.endswith("_s")
-            if not (value >= 0 if is_latency else value > 0) or not math.isfinite(value):
-                raise PlanError(f"{field.name} is {value}; it must be a positive, finite number")
-        rows = [rate.rows for rate in self.gemm]
-        if not rows or rows != sorted(set(rows)):
-            raise PlanError(f"gemm rows are {rows}; give at least one, rising")
+        check_rates(self)
+        for name in ("gemm", "streamed_gemm"):
+            rows = [rate.rows for rate in getattr(self, name)]
+            if (name == "gemm" and not rows) or rows != sorted(set(rows)):
+                raise PlanError(f"{name} rows are {rows}; give at least one, rising")
 
-    def flops_per_s(self, rows: float) -> float:
+    def flops_per_s(self, rows: float, *, streamed: bool = False) -> float:
         """FLOP/s at ``rows`` rows: linear in log(rows) between measured points, constant
         outside."""
-        points = self.gemm
+        points = (self.streamed_gemm if streamed else ()) or self.gemm
         if rows <= points[0].rows:
             return points[0].flops_per_s
         for low, high in pairwise(points):
@@ -66,16 +83,27 @@ class Bandwidths:
         """The part of one of ``num_devices`` that use the named `RESOURCES` at the same time."""
         if num_devices == 1:
             return self
-        changes: dict[str, float] = {
+        changes: dict[str, Any] = {
             name: getattr(self, name) / num_devices
             for resource in resources
             for name in RESOURCES[resource]
         }
-        gemm = self.gemm
         if "compute" in resources:
-            gemm = tuple(replace(g, flops_per_s=g.flops_per_s / num_devices) for g in gemm)
-        return replace(self, gemm=gemm, **changes)
+            for name in ("gemm", "streamed_gemm"):
+                changes[name] = tuple(
+                    replace(rate, flops_per_s=rate.flops_per_s / num_devices)
+                    for rate in getattr(self, name)
+                )
+            rates = {name: getattr(self.runtime, name) for name in COMPUTE_RATES}
+            changes["runtime"] = replace(
+                self.runtime,
+                **{name: rate and rate / num_devices for name, rate in rates.items()},
+            )
+        return replace(self, **changes)
 
+
+COMPUTE_RATES = ("attention", "elementwise", "sampling")
+"""The `RuntimeRates` that the device's cores bound."""
 
 RESOURCES: dict[str, tuple[str, ...]] = {
     "memory": ("device_memory", "host_to_device"),
@@ -83,3 +111,15 @@ RESOURCES: dict[str, tuple[str, ...]] = {
     "compute": (),
 }
 """What the devices of a node may share, and the rates that this divides."""
+
+
+def check_rates(rates: Any) -> None:
+    """Raise PlanError where a number of this dataclass can be no rate or, named ``*_s``, no
+    latency."""
+    for each in fields(rates):
+        value = getattr(rates, each.name)
+        if not isinstance(value, (int, float)):
+            continue
+        is_latency = each.name.endswith("_s")
+        if not (value >= 0 if is_latency else value > 0) or not math.isfinite(value):
+            raise PlanError(f"{each.name} is {value}; it must be a positive, finite number")

@@ -1,5 +1,4 @@
-"""How long a pass takes on a stage: the largest of its overlapping terms, plus what does not
-overlap.
+"""How long a pass takes on a stage: the slowest of what works at the same time.
 
 Loads and times are float64 arrays: 0-d for one stage, [layers + 1, layers + 1] for all stages at
 once.
@@ -7,6 +6,7 @@ once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -18,7 +18,11 @@ from partition.profile import ModelProfile, Unit, UnitKind
 
 Array = NDArray[np.float64]
 PAGE_BYTES = 4096
-TERMS = ("device memory", "host link", "disk", "compute", "collectives", "unit latency")
+LOGIT_BYTES = 16
+"""Memory traffic of a sampled logit: written, widened to fp32, reduced."""
+
+NORM_TRAFFIC = 6
+"""How often a normalised row passes through memory: residual sum, statistics, scaling."""
 
 
 def page_rounded(num_bytes: int) -> int:
@@ -40,16 +44,20 @@ class Load:
     """What one rank of a stage holds and does.
 
     ``dense_bytes`` and ``expert_bytes`` are weights read by compute; ``flops_per_token`` those of
-    the matrix products, ``attention_flops`` those of attention per token and position of its
-    context; ``kv_bytes_per_token`` the cache. ``stream_bytes`` (page-rounded) may live on any tier.
+    the layers' matrix products, ``head_flops`` those of the head per sampled row, ``vocab`` the
+    logits of such a row, ``attention_flops`` those of attention per token and position of its
+    context; ``activation_bytes`` what goes in and out of products and norms per token,
+    ``kv_bytes_per_token`` the cache. ``stream_bytes`` (page-rounded) may live on any tier.
     """
 
     dense_bytes: Array
     expert_bytes: Array
     flops_per_token: Array
+    head_flops: Array
+    vocab: Array
     attention_flops: Array
+    activation_bytes: Array
     kv_bytes_per_token: Array
-    num_units: Array
     num_layers: Array
     stream_bytes: Array
     small_bytes: Array
@@ -101,26 +109,35 @@ class CostModel:
         (None: this is the last).
 
         The roofline (Williams et al., 2009) extended to tiers as in FlexGen (Sheng et al., 2023):
-        weights and KV over device memory, streamed weights over the host link, disk bytes over the
-        disk, and 2 FLOP per parameter and token plus 4 per head element and position for attention.
+        weights over device memory, streamed weights over the host link, disk bytes over the disk,
+        and 2 FLOP per parameter and token. Attention reads its KV at a rate of its own, or does 4
+        FLOP per head element and position where these take longer.
         """
-        touched = load.dense_bytes + load.expert_bytes * self._expert_share(shape.num_tokens)
-        kv = load.kv_bytes_per_token * (shape.num_sequences * shape.context)
-        flops = shape.num_tokens * (load.flops_per_token + load.attention_flops * shape.context)
-        hidden_bytes = shape.num_tokens * self.profile.hidden_size * self.activation_bytes
+        runtime, tokens, sampled = rates.runtime, shape.num_tokens, shape.num_sequences
+        touched = load.dense_bytes + load.expert_bytes * self._expert_share(tokens)
+        products = tokens * load.flops_per_token + sampled * load.head_flops
+        held = np.maximum(load.dense_bytes + load.expert_bytes, 1.0)
+        share = np.minimum(1.0, streamed_bytes / held)
+        fast, slow = rates.flops_per_s(tokens), rates.flops_per_s(tokens, streamed=True)
+        kv_s = load.kv_bytes_per_token * (sampled * shape.context)
+        kv_s = kv_s / (runtime.attention or rates.device_memory)
+        scores_s = tokens * load.attention_flops * shape.context / rates.gemm[-1].flops_per_s
+        elementwise_s = tokens * load.activation_bytes
+        elementwise_s = elementwise_s / (runtime.elementwise or rates.device_memory)
+        logits_s = sampled * load.vocab / (runtime.sampling or rates.device_memory / LOGIT_BYTES)
+        hidden_bytes = tokens * self.profile.hidden_size * self.activation_bytes
         # row-parallel products end each layer's attention and MLP with an all-reduce (Megatron-LM)
-        collectives = (
-            2 * load.num_layers * group_link.all_reduce_s(hidden_bytes, self.tensor_parallel)
-        )
-        if next_link is not None:
-            collectives = collectives + next_link.send_s(hidden_bytes)
+        reduce_s = group_link.all_reduce_s(hidden_bytes, self.tensor_parallel)
+        send_s = 0.0 if next_link is None else next_link.send_s(hidden_bytes)
         return {
-            "device memory": (touched + kv) / rates.device_memory,
+            "device memory": touched / rates.device_memory,
+            "compute": products * ((1 - share) / fast + share / slow),
+            "attention": np.maximum(kv_s, scores_s),
+            "elementwise": elementwise_s + logits_s,
+            "collectives": 2 * load.num_layers * reduce_s + send_s,
+            "latency": load.num_layers * runtime.layer_latency_s + runtime.pass_latency_s,
             "host link": np.asarray(streamed_bytes / rates.host_to_device),
             "disk": np.asarray(disk_bytes / rates.disk_read),
-            "compute": flops / rates.flops_per_s(shape.num_tokens),
-            "collectives": np.asarray(collectives),
-            "unit latency": load.num_units * rates.unit_latency_s,
         }
 
     def _expert_share(self, num_tokens: int) -> float:
@@ -130,13 +147,18 @@ class CostModel:
         return distinct_experts(experts, per_token, num_tokens) / experts
 
 
+def compute_time(terms: dict[str, Array]) -> Array:
+    """Seconds in which the device itself is busy: its products read weights while they compute,
+    all else comes one after the other."""
+    products = np.maximum(terms["device memory"], terms["compute"])
+    rest = terms["attention"] + terms["elementwise"] + terms["collectives"] + terms["latency"]
+    return np.asarray(products + rest)
+
+
 def pass_time(terms: dict[str, Array]) -> Array:
-    """Seconds of a pass: streams and compute overlap, collectives and unit latency do not."""
-    overlapped = np.maximum(
-        np.maximum(terms["device memory"], terms["host link"]),
-        np.maximum(terms["disk"], terms["compute"]),
-    )
-    return np.asarray(overlapped + terms["collectives"] + terms["unit latency"])
+    """Seconds of a pass: the device, the host link and the disk work at the same time, so the
+    slowest decides."""
+    return np.maximum(compute_time(terms), np.maximum(terms["host link"], terms["disk"]))
 
 
 def pipeline_cycle_s(stage_times: list[float], passes: int) -> float:
@@ -154,22 +176,35 @@ def unit_row(
 ) -> dict[str, float]:
     """One unit's contribution to a Load; its slice has ``num_bytes`` and takes ``footprint``."""
     if unit.kind is UnitKind.EMBEDDING:  # a pass gathers its tokens' rows: kilobytes
-        return {"embedding_bytes": footprint, "num_units": 1}
-    if unit.kind is UnitKind.SMALL:
-        return {"dense_bytes": num_bytes, "small_bytes": footprint, "num_units": 1}
+        return {"embedding_bytes": footprint}
     expert_bytes = 0
     flops = 0.0
+    activations = 0.0
     for spec in unit.parameters:
-        elements = spec.local_bytes(profile.heads, rank, world) / spec.dtype_bytes
+        used = 1.0
         if spec.num_experts > 1:
             expert_bytes += spec.local_bytes(profile.heads, rank, world)
-            elements *= profile.num_experts_per_token / spec.num_experts
-        if len(spec.shape) > 1:
-            flops += 2 * elements
+            used = profile.num_experts_per_token / spec.num_experts
+        shape = spec.local_shape(profile.heads, rank, world)
+        elements = math.prod(shape)
+        if len(shape) > 1:
+            flops += 2 * elements * used
+            matrices = elements / (shape[-2] * shape[-1]) * used
+            activations += (shape[-2] + shape[-1]) * matrices * spec.dtype_bytes
+        else:
+            activations += NORM_TRAFFIC * elements * spec.dtype_bytes
+    if unit.kind is UnitKind.SMALL:
+        return {
+            "dense_bytes": num_bytes,
+            "small_bytes": footprint,
+            "activation_bytes": activations,
+        }
+    work = {"flops_per_token": flops, "activation_bytes": activations}
+    if unit.kind is UnitKind.HEAD:
+        work = {"head_flops": flops, "vocab": profile.vocab_size}
     return {
         "dense_bytes": num_bytes - expert_bytes,
         "expert_bytes": expert_bytes,
-        "flops_per_token": flops,
-        "num_units": 1,
         "stream_bytes": footprint,
+        **work,
     }

@@ -15,6 +15,7 @@ from partition.cost import (
     CostModel,
     Load,
     PassShape,
+    compute_time,
     pass_time,
 )
 from partition.layer_split import Split, split_layers
@@ -159,7 +160,7 @@ class LayoutSearch:
             device_bytes=int(room.device),
             host_bytes=int(room.host),
             nvme_bytes=int(room.nvme),
-            floor_s=float(max(terms["device memory"], terms["compute"])),
+            floor_s=float(compute_time(terms)),
             host_link=device.bandwidths.host_to_device,
             disk=device.bandwidths.disk_read,
             staged=device.staged,

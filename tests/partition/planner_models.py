@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvcache.layout import KVLayerSpec
 from kvcache.tier import TierBudget
-from partition import Bandwidths, GemmRate, Link, ModelProfile
+from partition import Bandwidths, GemmRate, Link, ModelProfile, RuntimeRates
 from partition.profile import AttentionKind, Unit, UnitKind
 from partition.sharding import Deal, HeadCounts, ParameterSpec, ShardRule
 
@@ -15,7 +15,7 @@ RATES = Bandwidths(
     disk_read=1e9,
     disk_write=1e9,
     gemm=(GemmRate(rows=1, flops_per_s=1e12), GemmRate(rows=64, flops_per_s=2e12)),
-    unit_latency_s=1e-6,
+    runtime=RuntimeRates(layer_latency_s=1e-6, pass_latency_s=1e-6),
 )
 LINK = Link(bandwidth=1e9, latency_s=1e-6)
 
