@@ -33,7 +33,10 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     plan = plan_for(config)
     logger.info("plan: %s", " ".join(plan.reason.split()))
     config = replace(
-        config, tensor_parallel=plan.tensor_parallel, pipeline_parallel=plan.pipeline_parallel
+        config,
+        tensor_parallel=plan.tensor_parallel,
+        pipeline_parallel=plan.pipeline_parallel,
+        expert_parallel=plan.expert_parallel,
     )
     deployment = Replica.options(  # type: ignore[attr-defined]
         num_replicas=options.num_replicas,

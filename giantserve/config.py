@@ -17,6 +17,7 @@ class EngineConfig:
     nvme_memory: int | None = None
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
+    expert_parallel: bool | None = None
     executor: str = "local"
     dtype: str = "auto"
     device: str = "auto"

@@ -71,6 +71,7 @@ def resolve(config: EngineConfig) -> Resolution:
     constraints = Constraints(
         tensor_parallel=config.tensor_parallel,
         pipeline_parallel=config.pipeline_parallel,
+        expert_parallel=config.expert_parallel,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -86,6 +87,7 @@ def resolve(config: EngineConfig) -> Resolution:
         nvme_memory=budget.nvme_bytes,
         tensor_parallel=decided.tensor_parallel,
         pipeline_parallel=decided.pipeline_parallel,
+        expert_parallel=decided.expert_parallel,
         max_model_len=decided.max_model_len,
         max_num_seqs=decided.max_num_seqs,
         max_num_batched_tokens=decided.max_num_batched_tokens,

@@ -59,6 +59,8 @@ class Shard:
         self._link = link
         config = load_config(plan.model, plan.dtype, spec.trust_remote_code)
         profile = ModelProfile.from_config(config)
+        if plan.expert_parallel:
+            profile = profile.expert_parallel_variant
         self._dtype = getattr(torch, plan.dtype)
         self._hidden_size = profile.hidden_size
         layers = (self._stage.first_layer, self._stage.end_layer)
@@ -131,7 +133,7 @@ class Shard:
                 (
                     checkpoint.fingerprint[:16],
                     spec.plan.dtype,
-                    f"tp{group.rank}of{group.world}",
+                    f"{'ep' if spec.plan.expert_parallel else 'tp'}{group.rank}of{group.world}",
                     f"layers{self._stage.first_layer}to{self._stage.end_layer}",
                 )
             )

@@ -76,6 +76,7 @@ class Assembly:
             max_num_seqs=sizing.max_num_seqs,
             max_num_batched_tokens=sizing.max_num_batched_tokens,
             forecast=forecast,
+            expert_parallel=profile.expert_parallel,
             reason=_reason(stages, forecast, batch_size(sizing, self.workload)),
         )
         plan.validate()

@@ -1,5 +1,5 @@
-"""Which tensor-parallel style each module of a model has, from the config's plan or DeepSpeed's
-AutoTP."""
+"""Which parallel style each module of a model has: tensor parallel from the config's plan or
+DeepSpeed's AutoTP, expert parallel from the config's plan."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ KNOWN_STYLES = (
     "embedding_rowwise",
 )
 
+EXPERT_PARAMETERS = "grouped_gemm"
+EXPERT_MODULE = "ep_dispatch_experts"
+
 
 def tensor_parallel_styles(model: nn.Module, layers_path: str) -> tuple[dict[str, str], str | None]:
     """Styles by module or parameter path, and why the model cannot be split (None where it can)."""
@@ -32,9 +35,22 @@ def tensor_parallel_styles(model: nn.Module, layers_path: str) -> tuple[dict[str
     unknown = sorted({style for style in plan.values() if style not in KNOWN_STYLES})
     if unknown:
         return {}, f"its plan asks for {', '.join(unknown)}, which is not implemented"
+    return _matching(model, plan), None
+
+
+def expert_parallel_styles(model: nn.Module) -> dict[str, str]:
+    """The experts by module and parameter path, where the model's plan deals out whole ones: the
+    modules (`EXPERT_MODULE`) are called with tokens, indices of experts and their weights, the
+    parameters (`EXPERT_PARAMETERS`) count experts in their first dimension."""
+    plan = getattr(model, "_ep_plan", None) or {}
+    styles = (EXPERT_PARAMETERS, EXPERT_MODULE)
+    return _matching(model, {path: style for path, style in plan.items() if style in styles})
+
+
+def _matching(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
     paths = [name for name, _ in model.named_modules()]
     paths += [name for name, _ in model.named_parameters()]
-    return {path: plan[_pattern(path)] for path in paths if _pattern(path) in plan}, None
+    return {path: plan[_pattern(path)] for path in paths if _pattern(path) in plan}
 
 
 def _pattern(path: str) -> str:

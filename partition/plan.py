@@ -88,7 +88,10 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionPlan:
-    """How one replica runs. All shards hold the same number of KV blocks on each tier."""
+    """How one replica runs. All shards hold the same number of KV blocks on each tier.
+
+    ``expert_parallel``: the ranks of a stage deal out whole experts, instead of cutting each.
+    """
 
     model: str
     architecture: str
@@ -104,6 +107,7 @@ class PartitionPlan:
     max_num_batched_tokens: int
     forecast: Forecast
     reason: str = ""
+    expert_parallel: bool = False
     version: int = PLAN_VERSION
 
     @property
@@ -159,6 +163,11 @@ class PartitionPlan:
         ):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.expert_parallel and self.tensor_parallel == 1:
+            raise PlanError(
+                "expert_parallel is true, but tensor_parallel is 1: one rank has nobody to deal "
+                "experts out to"
+            )
         if self.num_host_blocks < 0:
             raise PlanError(f"num_host_blocks is {self.num_host_blocks}; it must be 0 or more")
         if self.max_model_len > self.num_device_blocks * self.block_size:

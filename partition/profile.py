@@ -4,13 +4,13 @@ weights."""
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kvcache.layout import KVLayerSpec, KVLayout
-from partition.sharding import HeadCounts, ParameterSpec, deal_ranges
+from partition.sharding import HeadCounts, ParameterSpec, ShardRule, deal_ranges
 
 
 class UnitKind(enum.Enum):
@@ -67,7 +67,9 @@ class ModelProfile:
     ``units`` stand in the order a pass uses them: embedding, input, the layers' small, attention
     and mlp units, output, head. With tied embeddings the head's unit lists the embedding's
     parameter again; `stage_units` counts it once. ``styles`` maps module paths to tensor-parallel
-    styles ("colwise", "rowwise", ...). ``kv_layers`` are per token and unsharded; ``kv_sharded``
+    styles ("colwise", "rowwise", ...), ``expert_styles`` those of the experts to the styles that
+    take their place under expert parallelism. ``expert_parallel``: the rules and styles are those
+    of `expert_parallel_variant`. ``kv_layers`` are per token and unsharded; ``kv_sharded``
     says whether tensor parallelism deals the KV heads out or replicates them. ``layer_outputs``:
     how many values a layer module returns as a tuple, 0 for a bare tensor.
     """
@@ -85,6 +87,8 @@ class ModelProfile:
     kv_sharded: bool
     max_position_embeddings: int
     tensor_parallel_refusal: str | None = None
+    expert_styles: dict[str, str] = field(default_factory=dict)
+    expert_parallel: bool = False
     num_experts: int = 0
     num_experts_per_token: int = 0
     layer_outputs: int = 0
@@ -143,19 +147,53 @@ class ModelProfile:
             return self.tensor_parallel_refusal
         if self.kv_sharded and world > self.heads.query:
             return f"{world} ranks for {self.heads.query} attention heads"
-        for spec in self._parameters.values():
-            if spec.rule is None:
-                continue
-            size = spec.shape[spec.rule.dim]
+        for (rule, size), name in self._dealt_dimensions.items():
             try:
                 portions = [
-                    deal_ranges(spec.rule, size, self.heads, rank, world) for rank in range(world)
+                    deal_ranges(rule, size, self.heads, rank, world) for rank in range(world)
                 ]
             except ValueError as error:
-                return f"{spec.name}: {error}"
+                return f"{name}: {error}"
             if any(start == stop for ranges in portions for start, stop in ranges):
-                return f"{spec.name}: {size} elements do not reach {world} ranks"
+                return f"{name}: {size} elements do not reach {world} ranks"
         return None
+
+    @cached_property
+    def _dealt_dimensions(self) -> dict[tuple[ShardRule, int], str]:
+        """Every distinct (rule, size of the dimension it deals), and a parameter that has it."""
+        found: dict[tuple[ShardRule, int], str] = {}
+        for spec in self._parameters.values():
+            if spec.rule is not None:
+                found.setdefault((spec.rule, spec.shape[spec.rule.dim]), spec.name)
+        return found
+
+    def why_not_expert_parallel(self, world: int) -> str | None:
+        """Why ``world`` tensor-parallel ranks cannot deal out whole experts; None where they
+        can."""
+        if not self.expert_styles:
+            if self.num_experts > 1:
+                return f"{self.architecture} has no plan for dealing out its experts"
+            return f"{self.architecture} has no experts"
+        if world == 1:
+            return "a single tensor-parallel rank holds all experts"
+        return self.expert_parallel_variant.why_not_tensor_parallel(world)
+
+    @cached_property
+    def expert_parallel_variant(self) -> ModelProfile:
+        """The same model with its experts dealt out whole over the ranks of a tensor-parallel
+        group, instead of each expert being cut; everything else is split as it was."""
+
+        def dealt(spec: ParameterSpec) -> ParameterSpec:
+            return replace(spec, rule=ShardRule(dim=0)) if spec.name in self.expert_styles else spec
+
+        return replace(
+            self,
+            units=tuple(
+                replace(unit, parameters=tuple(map(dealt, unit.parameters))) for unit in self.units
+            ),
+            styles=self.styles | self.expert_styles,
+            expert_parallel=True,
+        )
 
     def stage_units(self, first_layer: int, end_layer: int) -> tuple[Unit, ...]:
         """The units of a stage holding layers [first_layer, end_layer), in pass order.

@@ -13,7 +13,11 @@ from transformers import AutoConfig
 from kvcache.layout import DTYPE_BYTES, KVLayerSpec
 from partition.errors import UnsupportedArchitectureError
 from partition.meta_model import Observation, trace
-from partition.parallel_plan import SPLIT_STYLES, tensor_parallel_styles
+from partition.parallel_plan import (
+    SPLIT_STYLES,
+    expert_parallel_styles,
+    tensor_parallel_styles,
+)
 from partition.profile import AttentionKind, ModelProfile, Unit, UnitKind
 from partition.sharding import Deal, HeadCounts, ParameterSpec, ShardRule
 
@@ -75,6 +79,7 @@ def profile_config(config: Any, dtype: str | None) -> ModelProfile:
         attention=kind,
         units=tuple(_units(model, seen, builder)),
         styles=styles,
+        expert_styles=expert_parallel_styles(model),
         kv_layers=tuple(_kv_layer(layer, *seen.cached[layer]) for layer in sorted(seen.cached)),
         kv_sharded=splits_attention and kind is AttentionKind.PAGED,
         max_position_embeddings=_max_positions(config),

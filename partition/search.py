@@ -129,15 +129,21 @@ class Search:
         for tensor in range(1, num_devices + 1):
             if fixed.tensor_parallel not in (None, tensor):
                 continue
-            if self._profile.why_not_tensor_parallel(tensor) is not None:
+            if self._why_not(tensor) is not None:
                 continue
             for pipeline in range(1, min(num_devices // tensor, self._profile.num_layers) + 1):
                 if fixed.pipeline_parallel in (None, pipeline):
                     yield tensor, pipeline
 
+    def _why_not(self, tensor: int) -> str | None:
+        if self._constraints.expert_parallel:
+            return self._profile.why_not_expert_parallel(tensor)
+        return self._profile.why_not_tensor_parallel(tensor)
+
     def _check_devices(self) -> None:
         fixed = self._constraints
-        tensor, pipeline = fixed.tensor_parallel or 1, fixed.pipeline_parallel or 1
+        least_tensor = 2 if fixed.expert_parallel else 1
+        tensor, pipeline = fixed.tensor_parallel or least_tensor, fixed.pipeline_parallel or 1
         if tensor * pipeline > self._cluster.num_devices:
             raise PlanError(
                 f"tensor_parallel {tensor} x pipeline_parallel {pipeline} needs "
@@ -147,7 +153,9 @@ class Search:
 
     def _table(self, tensor: int) -> StageTable:
         if tensor not in self._tables:
-            self._tables[tensor] = StageTable(self._profile, tensor)
+            self._tables[tensor] = StageTable(
+                self._profile, tensor, bool(self._constraints.expert_parallel)
+            )
         return self._tables[tensor]
 
     def _candidates(self) -> Iterator[_Candidate]:

@@ -139,10 +139,17 @@ def check_constraints(profile: ModelProfile, constraints: Constraints) -> None:
             f"pipeline_parallel is {constraints.pipeline_parallel}, but the model has {layers} "
             f"layers; use at most {layers}"
         )
-    if constraints.tensor_parallel is not None:
+    if constraints.tensor_parallel is not None and not constraints.expert_parallel:
         refusal = profile.why_not_tensor_parallel(constraints.tensor_parallel)
         if refusal:
             raise PlanError(
                 f"tensor_parallel is {constraints.tensor_parallel}, which this model does not "
                 f"allow: {refusal}; use another degree, or pipeline_parallel"
+            )
+    if constraints.expert_parallel:
+        refusal = profile.why_not_expert_parallel(constraints.tensor_parallel or 2)
+        if refusal:
+            raise PlanError(
+                f"expert_parallel is true, which is not possible: {refusal}; leave it out, or use "
+                "another tensor_parallel"
             )

@@ -19,10 +19,16 @@ TENSOR_ALIGNMENT = 64
 
 
 class StageTable:
-    """Loads of stages [first, end) by rank. Immutable after construction but for its caches."""
+    """Loads of stages [first, end) by rank. Immutable after construction but for its caches.
 
-    def __init__(self, profile: ModelProfile, tensor_parallel: int) -> None:
-        self.profile = profile
+    With ``expert_parallel`` the ranks deal out whole experts, and ``profile`` is that variant of
+    the profile given.
+    """
+
+    def __init__(
+        self, profile: ModelProfile, tensor_parallel: int, expert_parallel: bool = False
+    ) -> None:
+        self.profile = profile.expert_parallel_variant if expert_parallel else profile
         self.tensor_parallel = tensor_parallel
         self._spec_bytes: dict[tuple[object, ...], int] = {}
         self._unit_rows: dict[tuple[object, ...], dict[str, float]] = {}

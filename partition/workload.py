@@ -38,6 +38,7 @@ class Constraints:
 
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
+    expert_parallel: bool | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -50,5 +51,8 @@ class Constraints:
 def _positive(options: Workload | Constraints) -> None:
     for field in fields(options):
         value = getattr(options, field.name)
-        if value is not None and (isinstance(value, bool) or value < 1):
+        if field.name == "expert_parallel":
+            if value not in (None, True, False):
+                raise PlanError(f"expert_parallel is {value}; it must be true or false")
+        elif value is not None and (isinstance(value, bool) or value < 1):
             raise PlanError(f"{field.name} is {value}; it must be at least 1")

@@ -35,6 +35,14 @@ TensorParallel = Annotated[
 PipelineParallel = Annotated[
     int | None, typer.Option(min=1, help="Stages, each a run of layers.", rich_help_panel=PLACE)
 ]
+ExpertParallel = Annotated[
+    bool | None,
+    typer.Option(
+        "--expert-parallel/--no-expert-parallel",
+        help="Deal whole experts out to a layer's shards, or cut each.",
+        rich_help_panel=PLACE,
+    ),
+]
 ThreadsPerShard = Annotated[
     int | None, typer.Option(min=1, help="CPU threads of a shard.", rich_help_panel=PLACE)
 ]

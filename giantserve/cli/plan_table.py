@@ -28,7 +28,8 @@ def plan_table(plan: PartitionPlan) -> Table:
     """One row a shard."""
     table = Table(
         title=f"{plan.architecture} in {plan.dtype}: TP {plan.tensor_parallel} x "
-        f"PP {plan.pipeline_parallel}, {plan.max_num_seqs} sequences of up to "
+        f"PP {plan.pipeline_parallel}{', experts dealt whole' if plan.expert_parallel else ''}, "
+        f"{plan.max_num_seqs} sequences of up to "
         f"{plan.max_model_len} tokens"
     )
     for heading in ("shard", "layers", "device", "host", "NVMe", "KV device", "KV host"):

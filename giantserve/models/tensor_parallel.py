@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from giantserve.models.collectives import TensorParallel
+from giantserve.models.expert_parallel import run_own_experts
 from giantserve.models.linear import product
 from giantserve.models.patching import replace_forward
+from partition.parallel_plan import EXPERT_MODULE
 from partition.profile import ModelProfile
 from partition.sharding import Deal, ShardRule, deal_ranges
 
@@ -32,7 +34,8 @@ def parallelise(model: nn.Module, profile: ModelProfile, group: TensorParallel) 
         module = model.get_submodule(path)
         if module is head:
             continue
-        spec = rules.get(f"{path}.weight")
+        leaves = (f"{path}.{leaf}" for leaf, _ in module.named_parameters(recurse=False))
+        spec = next((rules[name] for name in leaves if name in rules), None)
         shape, rule = (spec.shape, spec.rule) if spec else ((), None)
         patch(module, _Portions(profile, group, shape, rule))
     if head is not None:  # split by vocabulary, like the embedding that it may be tied to
@@ -127,11 +130,18 @@ def _sum_whole_output(module: nn.Module, portions: _Portions) -> None:
     replace_forward(module, forward)
 
 
+def _sum_own_experts(module: nn.Module, portions: _Portions) -> None:
+    """ep_dispatch_experts: each rank ran the experts that it holds; sum."""
+    run_own_experts(module, *portions.own)
+    _sum_whole_output(module, portions)
+
+
 _PATCHES: dict[str, Callable[[nn.Module, _Portions], None]] = {
     "rowwise": _sum_output,
     "rowwise_split_input": _sum_split_input,
     "colwise_gather_output": _gather_output,
     "moe_tp_experts": _sum_whole_output,
+    EXPERT_MODULE: _sum_own_experts,
 }
 
 

@@ -23,6 +23,7 @@ def make_plan(
     device_blocks: int,
     host_blocks: int,
     max_model_len: int = 128,
+    expert_parallel: bool | None = None,
 ) -> PartitionPlan:
     """The planner's split of the model, with its units on the tiers that ``tiers`` names ("mixed":
     in turn) and the KV blocks given."""
@@ -34,6 +35,7 @@ def make_plan(
         nvme_dir=path / "nvme",
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
         block_size=BLOCK_SIZE,
         max_model_len=max_model_len,
         max_num_seqs=8,

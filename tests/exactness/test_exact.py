@@ -35,6 +35,14 @@ CORE = (
     "opt",
     "bloom",
 )
+MIXTURES = tuple(name for name, options in OVERRIDES.items() if "num_experts" in options)
+EXPERT_SPLITS = (
+    (2, 1, "device"),
+    (3, 1, "nvme"),
+    (2, 1, "nvme"),
+    (3, 1, "device"),
+    (3, 2, "mixed"),
+)
 PROMPTS = make_prompts()
 
 
@@ -70,16 +78,53 @@ def cases() -> list[object]:
     return found
 
 
+def expert_cases() -> list[object]:
+    """Every mixture of experts at every split, whole experts dealt out; quick: the first mixtures
+    at one split each."""
+    return [
+        pytest.param(
+            *(name, tp, pp, tiers),
+            marks=() if number == place and number < 4 else (pytest.mark.slow,),
+            id=f"{name}-ep{tp}-pp{pp}-{tiers}",
+        )
+        for number, name in enumerate(MIXTURES)
+        for place, (tp, pp, tiers) in enumerate(EXPERT_SPLITS)
+    ]
+
+
 @pytest.mark.parametrize(("name", "tp", "pp", "tiers"), cases())
 def test_same_tokens_as_transformers(
     name: str, tp: int, pp: int, tiers: str, models: Path, launcher: Launcher
 ) -> None:
-    path = save_model(name, models)
+    check(save_model(name, models), tp, pp, tiers, launcher)
+
+
+@pytest.mark.parametrize(("name", "tp", "pp", "tiers"), expert_cases())
+def test_same_tokens_with_whole_experts_dealt_out(
+    name: str, tp: int, pp: int, tiers: str, models: Path, launcher: Launcher
+) -> None:
+    check(save_model(name, models), tp, pp, tiers, launcher, expert_parallel=True)
+
+
+def check(
+    path: Path,
+    tp: int,
+    pp: int,
+    tiers: str,
+    launcher: Launcher,
+    expert_parallel: bool | None = None,
+) -> None:
     refusal = ModelProfile.from_pretrained(path).why_not_tensor_parallel(tp)
     if refusal is not None:
         pytest.skip(f"not legal: {refusal}")
     # 64 blocks of 4 tokens hold two of the eight sequences at full length: KV must be demoted
-    plan = make_plan(path, tp, pp, tiers, device_blocks=64, host_blocks=64)
+    plan = make_plan(
+        *(path, tp, pp, tiers),
+        device_blocks=64,
+        host_blocks=64,
+        expert_parallel=expert_parallel,
+    )
+    assert plan.expert_parallel is bool(expert_parallel)
     greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     with LLM(path, plan=plan, nvme_dir=path / "nvme", launcher=launcher) as llm:
         outputs = llm.generate(PROMPTS, greedy)
