@@ -6,11 +6,12 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from giantserve.calibrate import calibrate
 from giantserve.config import EngineConfig
 from giantserve.errors import ConfigError
 from kvcache.tier import TierBudget
 from partition import Bandwidths, ClusterSpec, Constraints, ModelProfile, PartitionPlan, plan
-from partition.calibrate import calibrate, default_cache_folder
+from partition.calibration import default_cache_folder
 from partition.machine import Machine
 
 RUNTIME_BYTES = 700 << 20

@@ -54,6 +54,7 @@ class Bandwidths:
 
     device_memory: float
     host_to_device: float
+    device_to_host: float
     disk_read: float
     disk_write: float
     gemm: tuple[GemmRate, ...]
@@ -106,7 +107,7 @@ COMPUTE_RATES = ("attention", "elementwise", "sampling")
 """The `RuntimeRates` that the device's cores bound."""
 
 RESOURCES: dict[str, tuple[str, ...]] = {
-    "memory": ("device_memory", "host_to_device"),
+    "memory": ("device_memory", "host_to_device", "device_to_host"),
     "disk": ("disk_read", "disk_write"),
     "compute": (),
 }

@@ -61,7 +61,7 @@ def _hardware(machine: Machine) -> Table:
 
 
 def _rates(console: Console, machine: Machine, folder: Path, refresh: bool) -> Table:
-    from partition.calibrate import calibrate
+    from giantserve.calibrate import calibrate
 
     device = "cuda" if machine.gpus else "cpu"
     with console.status(f"measuring the disk of {folder}, memory and compute"):

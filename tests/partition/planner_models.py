@@ -12,6 +12,7 @@ PAGE = 4096
 RATES = Bandwidths(
     device_memory=16e9,
     host_to_device=8e9,
+    device_to_host=8e9,
     disk_read=1e9,
     disk_write=1e9,
     gemm=(GemmRate(rows=1, flops_per_s=1e12), GemmRate(rows=64, flops_per_s=2e12)),

@@ -1,0 +1,1 @@
+"""Short measurements of what this machine and our own runtime reach."""
