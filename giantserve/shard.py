@@ -60,6 +60,8 @@ class Shard:
         config = load_config(plan.model, plan.dtype, spec.trust_remote_code)
         profile = ModelProfile.from_config(config)
         if plan.expert_parallel:
+            if refusal := profile.why_not_expert_parallel(plan.tensor_parallel):
+                raise ConfigError(f"the plan is expert parallel, but {refusal}; plan again")
             profile = profile.expert_parallel_variant
         self._dtype = getattr(torch, plan.dtype)
         self._hidden_size = profile.hidden_size

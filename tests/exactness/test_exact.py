@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
-from plans import make_plan
+from plans import BLOCK_SIZE, make_plan
 from zoo import OVERRIDES, make_prompts, reference, save_model
 
 from giantserve import LLM, SamplingParams
 from giantserve.executor.launcher import Launcher
 from partition.profile import ModelProfile
+from partition.stage_table import StageTable
 
 NUM_TOKENS = 64
 TIERS = ("device", "host", "nvme", "mixed")
@@ -103,7 +105,20 @@ def test_same_tokens_as_transformers(
 def test_same_tokens_with_whole_experts_dealt_out(
     name: str, tp: int, pp: int, tiers: str, models: Path, launcher: Launcher
 ) -> None:
-    check(save_model(name, models), tp, pp, tiers, launcher, expert_parallel=True)
+    path = save_model(name, models)
+    shards = check(path, tp, pp, tiers, launcher, expert_parallel=True)
+    if tiers == "device":  # the workers hold what the planner counted: 4 experts over 3 ranks, say
+        assert pp == 1
+        table = StageTable(ModelProfile.from_pretrained(path), tp, expert_parallel=True)
+        profile = table.profile
+        units = profile.stage_units(0, profile.num_layers)
+        held = [sum(table.footprint(unit, rank) for unit in units) for rank in range(tp)]
+        kv = [
+            64 * profile.kv_layout(0, profile.num_layers, BLOCK_SIZE, rank, tp).block_bytes
+            for rank in range(tp)
+        ]
+        used = [shard["device_used_bytes"] for shard in shards]
+        assert used == [weights + blocks for weights, blocks in zip(held, kv, strict=True)]
 
 
 def check(
@@ -113,7 +128,8 @@ def check(
     tiers: str,
     launcher: Launcher,
     expert_parallel: bool | None = None,
-) -> None:
+) -> list[dict[str, Any]]:
+    """Hold the engine's tokens to the reference; returns what its shards counted."""
     refusal = ModelProfile.from_pretrained(path).why_not_tensor_parallel(tp)
     if refusal is not None:
         pytest.skip(f"not legal: {refusal}")
@@ -137,3 +153,4 @@ def check(
     assert stats["kv"]["device_blocks_free"] == 64
     copied = stats["shards"][0]["kv_bytes_copied"]
     assert copied["device_to_host"] > 0 and copied["host_to_device"] > 0
+    return list(stats["shards"])
