@@ -135,9 +135,12 @@ def _device(config: EngineConfig, machine: Machine) -> str:
 
 
 def _num_devices(config: EngineConfig, machine: Machine, device: str) -> int:
-    """As many as the parallelism asks for; left open, every GPU, or the CPU as one device."""
+    """As many as the parallelism asks for; left open, every GPU, or the CPU as one device (as two
+    where experts are to be dealt out)."""
     available = len(machine.gpus) if device == "cuda" else 1
-    asked = (config.tensor_parallel or 1) * (config.pipeline_parallel or 1)
+    least_tensor_parallel = 2 if config.expert_parallel else 1
+    tensor_parallel = config.tensor_parallel or least_tensor_parallel
+    asked = tensor_parallel * (config.pipeline_parallel or 1)
     if device == "cuda" and config.executor == "local" and asked > available:
         raise ConfigError(
             f"tensor_parallel x pipeline_parallel is {asked}, but this machine has {available} GPUs"

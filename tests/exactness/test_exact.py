@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from plans import BLOCK_SIZE, make_plan
 from zoo import OVERRIDES, make_prompts, reference, save_model
 
 from giantserve import LLM, SamplingParams
+from giantserve.config import EngineConfig
+from giantserve.errors import ConfigError
 from giantserve.executor.launcher import Launcher
+from giantserve.planning import plan_for
 from partition.profile import ModelProfile
 from partition.stage_table import StageTable
 
@@ -119,6 +123,25 @@ def test_same_tokens_with_whole_experts_dealt_out(
         ]
         used = [shard["device_used_bytes"] for shard in shards]
         assert used == [weights + blocks for weights, blocks in zip(held, kv, strict=True)]
+
+
+def test_dealing_experts_out_makes_two_shards_of_one_machine(models: Path) -> None:
+    path = save_model("mixtral", models)
+    config = EngineConfig(
+        model=str(path), expert_parallel=True, device="cpu", nvme_dir=path / "nvme"
+    )
+    made = plan_for(config)
+    assert made.expert_parallel and made.tensor_parallel == 2
+
+
+def test_a_plan_that_deals_out_what_is_not_there_is_refused(
+    models: Path, launcher: Launcher
+) -> None:
+    path = save_model("llama", models)
+    plan = make_plan(path, 2, 1, "device", device_blocks=64, host_blocks=64)
+    wrong = replace(plan, expert_parallel=True)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM has no experts"):
+        LLM(path, plan=wrong, nvme_dir=path / "nvme", launcher=launcher)
 
 
 def check(
