@@ -192,6 +192,12 @@ class _ParameterSpecs:
         module, _, leaf = name.rpartition(".")
         if any(tensor is end for end in self._ends) and self._styles:
             return ShardRule(dim=0)
+        if (
+            module in self._attention
+            and tensor.shape[:1] == (self._num_heads,)
+            and any(self.in_attention(path) and s == "colwise" for path, s in self._styles.items())
+        ):
+            return ShardRule(dim=0, deal=Deal.QUERY_HEADS)  # a value per head, such as a sink
         if (own := self._styles.get(name)) is not None:
             return self._parameter_rule(own, tensor)
         style = self._styles.get(module)
@@ -203,12 +209,6 @@ class _ParameterSpecs:
             return ShardRule(dim=1, deal=self._deal(module, style))
         if style == "packed_colwise":
             return ShardRule(dim=0, segments=2)
-        if (
-            module in self._attention
-            and tensor.shape[:1] == (self._num_heads,)
-            and any(self.in_attention(path) and s == "colwise" for path, s in self._styles.items())
-        ):
-            return ShardRule(dim=0, deal=Deal.QUERY_HEADS)  # a value per head, such as a sink
         return None
 
     def _parameter_rule(self, style: str, tensor: torch.Tensor) -> ShardRule | None:
