@@ -9,26 +9,28 @@ from dataclasses import dataclass
 
 from kvcache.tier import Tier
 from partition.byte_size import format_byte_size
-from partition.cluster import StageDevices
 from partition.cost import (
     PAGE_BYTES,
     Array,
     CostModel,
     PassShape,
     pass_time,
-    pipeline_cycle_s,
 )
-from partition.layout_search import Solution
+from partition.device_pool import DevicePool
+from partition.layer_split import cut_time
+from partition.layout_search import Layout, Solution
 from partition.plan import Forecast, PartitionPlan, ShardPlan, StagePlan, UnitPlacement
 from partition.profile import Unit, UnitKind
-from partition.sizing import Sizing
+from partition.sizing import (
+    Sizing,
+    batch_size,
+    decode_shape,
+    num_prefill_passes,
+    prefill_shape,
+)
 from partition.stage_table import StageTable, may_stream
-from partition.tier_choice import TierChoice, ring_bytes
+from partition.tier_choice import TierChoice
 from partition.workload import Constraints, Workload
-
-RING_GROWTH_DEPTH = 4
-"""Device bytes that are left over lengthen the ring up to this many of the largest streamed
-units."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,8 @@ class Assembly:
     model: str
     table: StageTable
     costs: CostModel
-    stage_devices: tuple[StageDevices, ...]
+    layout: Layout
+    pool: DevicePool
     sizing: Sizing
     workload: Workload
     constraints: Constraints
@@ -48,13 +51,14 @@ class Assembly:
         profile, sizing = self.table.profile, self.sizing
         block_size = self.constraints.block_size
         blocks = sizing.num_device_blocks + self._spare_blocks(solution)
+        places = self.pool.places(solution.sequence)
         stages = tuple(
             StagePlan(
                 index=stage,
                 first_layer=first,
                 end_layer=end,
                 shards=tuple(
-                    self._shard(stage, rank, (first, end), choice, blocks)
+                    self._shard(solution, stage, rank, choice, places[stage][rank], blocks)
                     for rank, choice in enumerate(solution.choices[stage])
                 ),
             )
@@ -68,6 +72,7 @@ class Assembly:
             dtype=profile.dtype,
             tensor_parallel=self.table.tensor_parallel,
             pipeline_parallel=len(stages),
+            passes_in_flight=self.layout.passes_in_flight,
             stages=stages,
             block_size=block_size,
             num_device_blocks=blocks,
@@ -77,51 +82,49 @@ class Assembly:
             max_num_batched_tokens=sizing.max_num_batched_tokens,
             forecast=forecast,
             expert_parallel=profile.expert_parallel,
-            reason=_reason(stages, forecast, batch_size(sizing, self.workload)),
+            reason=_reason(self.layout, stages, forecast, batch_size(sizing, self.workload)),
         )
         plan.validate()
         return plan
 
     def forecast(self, solution: Solution) -> Forecast:
         """Times for the workload: decode at its concurrency, one prompt's prefill by chunks."""
-        stages = len(solution.split)
+        stages, in_turn = range(len(solution.split)), self.layout.in_turn
         batch = batch_size(self.sizing, self.workload)
-        passes = min(stages, batch)
-        prompt = min(self.workload.prompt_tokens, self.sizing.max_model_len)
-        chunk = min(prompt, self.sizing.max_num_batched_tokens)
-        prefill = PassShape(num_tokens=chunk, num_sequences=1, context=prompt / 2)
-        prefill_times = [
-            max(float(pass_time(terms)) for terms in self._terms(solution, stage, prefill))
-            for stage in range(stages)
-        ]
-        cycle = pipeline_cycle_s(list(solution.stage_times), passes)
-        slowest = max(range(stages), key=lambda stage: solution.stage_times[stage])
-        decode = decode_shape(self.sizing, self.workload, stages)
-        terms = max(
-            self._terms(solution, slowest, decode), key=lambda terms: float(pass_time(terms))
-        )
-        terms_s = {name: float(value) for name, value in terms.items()}
-        chunks = math.ceil(prompt / chunk)
+        prefill = prefill_shape(self.sizing, self.workload)
+        prefill_times = [_slowest(self._terms(solution, stage, prefill)) for stage in stages]
+        decode = decode_shape(self.sizing, self.workload, self.layout.passes_in_flight)
+        terms = [self._terms(solution, stage, decode) for stage in stages]
+        times = [_slowest(by_rank) for by_rank in terms]
+        cycle = cut_time(times, in_turn)
+        waits = max(terms[times.index(max(times))], key=lambda rank: float(pass_time(rank)))
+        terms_s = {name: float(value) for name, value in waits.items()}
+        more_chunks = num_prefill_passes(self.sizing, self.workload) - 1
+        prefill_s = sum(prefill_times)
         return Forecast(
             decode_pass_s=cycle,
-            prefill_pass_s=sum(prefill_times),
+            prefill_pass_s=prefill_s,
             tokens_per_s=batch / cycle if cycle > 0 else 0.0,
-            time_to_first_token_s=sum(prefill_times) + (chunks - 1) * max(prefill_times),
+            time_to_first_token_s=prefill_s
+            + more_chunks * (max(prefill_times) if in_turn else prefill_s),
+            time_per_output_token_s=cycle,
             binds=max(terms_s, key=lambda name: terms_s[name]),
             terms_s=terms_s,
+            stage_times_s=tuple(times),
         )
 
     def _terms(self, solution: Solution, stage: int, shape: PassShape) -> list[dict[str, Array]]:
         """The terms of each of a stage's ranks."""
+        held = self.pool.stages[solution.numbers[stage]]
         return [
             self.costs.terms(
                 self.table.loads[rank].at(*solution.split[stage]),
                 shape,
-                self.stage_devices[stage].devices[rank].bandwidths,
+                held.devices[rank].bandwidths,
                 choice.streamed_bytes,
                 choice.disk_bytes,
-                group_link=self.stage_devices[stage].group_link,
-                next_link=self.stage_devices[stage].next_link,
+                group_link=held.group_link,
+                next_link=held.next_link,
             )
             for rank, choice in enumerate(solution.choices[stage])
         ]
@@ -148,31 +151,31 @@ class Assembly:
         ).block_bytes
 
     def _shard(
-        self, stage: int, rank: int, run: tuple[int, int], choice: TierChoice, blocks: int
+        self,
+        solution: Solution,
+        stage: int,
+        rank: int,
+        choice: TierChoice,
+        place: tuple[str, str],
+        blocks: int,
     ) -> ShardPlan:
+        run = solution.split[stage]
         units = self.table.profile.stage_units(*run)
         tiers = self._unit_tiers(units, rank, choice)
         sizes = {unit.name: self.table.unit_bytes(unit, rank) for unit in units}
-        streamed = [
-            self.table.footprint(unit, rank)
-            for unit in units
-            if may_stream(unit) and tiers[unit.name] is not Tier.DEVICE
-        ]
-        ring = choice.ring_bytes
-        if streamed:
-            longest = ring_bytes(streamed, RING_GROWTH_DEPTH)
-            ring = min(longest, ring + choice.free_device_bytes)
         block_bytes = self._block_bytes(run, rank)
         return ShardPlan(
             rank=stage * self.table.tensor_parallel + rank,
             stage=stage,
             tp_rank=rank,
-            budget=self.stage_devices[stage].devices[rank].budget,
+            node=place[0],
+            device=place[1],
+            budget=self.pool.stages[solution.numbers[stage]].devices[rank].budget,
             placements=tuple(
                 UnitPlacement(unit=unit.name, tier=tiers[unit.name], num_bytes=sizes[unit.name])
                 for unit in units
             ),
-            ring_bytes=ring,
+            ring_bytes=choice.ring_bytes,
             device_kv_bytes=blocks * block_bytes,
             host_kv_bytes=self.sizing.num_host_blocks * block_bytes,
             workspace_bytes=self.sizing.workspace_bytes,
@@ -206,17 +209,8 @@ class Assembly:
         return tiers
 
 
-def batch_size(sizing: Sizing, workload: Workload) -> int:
-    """Sequences that decode together."""
-    return min(workload.concurrency, sizing.max_num_seqs)
-
-
-def decode_shape(sizing: Sizing, workload: Workload, pipeline_parallel: int) -> PassShape:
-    """One of the decode passes in flight, halfway through the workload's outputs."""
-    batch = batch_size(sizing, workload)
-    per_pass = math.ceil(batch / min(pipeline_parallel, batch))
-    context = min(workload.prompt_tokens + workload.output_tokens / 2, sizing.max_model_len)
-    return PassShape(num_tokens=per_pass, num_sequences=per_pass, context=context)
+def _slowest(by_rank: list[dict[str, Array]]) -> float:
+    return max(float(pass_time(terms)) for terms in by_rank)
 
 
 def _spread(names: list[str], count: int) -> set[str]:
@@ -224,7 +218,7 @@ def _spread(names: list[str], count: int) -> set[str]:
     return {name for i, name in enumerate(names) if (i + 1) * count // total > i * count // total}
 
 
-def _reason(stages: tuple[StagePlan, ...], forecast: Forecast, batch: int) -> str:
+def _reason(layout: Layout, stages: tuple[StagePlan, ...], forecast: Forecast, batch: int) -> str:
     shards = [shard for stage in stages for shard in stage.shards]
     held = {tier: sum(shard.weight_bytes(tier) for shard in shards) for tier in Tier}
     where = ", ".join(
@@ -233,7 +227,9 @@ def _reason(stages: tuple[StagePlan, ...], forecast: Forecast, batch: int) -> st
         if num_bytes
     )
     return (
-        f"TP {len(stages[0].shards)} x PP {len(stages)}, weights {where}: {forecast.binds} binds, "
+        f"TP {layout.tensor_parallel} x PP {layout.pipeline_parallel}"
+        f"{', a pass for each stage' if layout.in_turn else ''}, weights {where}: "
+        f"{forecast.binds} binds, "
         f"{batch} sequences decode at {forecast.tokens_per_s:.3g} tokens/s "
         f"({forecast.decode_pass_s:.3g} s a pass)"
     )

@@ -52,11 +52,21 @@ class NodeSpec:
             if resource not in RESOURCES:
                 raise PlanError(f"shared names {resource!r}; known are {', '.join(RESOURCES)}")
 
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """By device: its name, with its place in the node where others have the same."""
+        names = [device.name for device in self.devices]
+        return tuple(
+            name if names.count(name) == 1 else f"{name}-{place}"
+            for place, name in enumerate(names)
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageDevices:
     """The devices of one stage by rank, with their part of what is shared. ``group_link`` joins
-    them, ``next_link`` leads to the next stage (None: this is the last)."""
+    them, ``next_link`` leads to the next stage (None: this is the last). Equal where nothing but
+    the names differs."""
 
     devices: tuple[DeviceSpec, ...]
     group_link: Link
@@ -108,30 +118,6 @@ class ClusterSpec:
     @property
     def num_devices(self) -> int:
         return sum(len(node.devices) for node in self.nodes)
-
-    def stages(self, tensor_parallel: int, pipeline_parallel: int) -> tuple[StageDevices, ...]:
-        """The first devices in the cluster's order, dealt to the stages."""
-        count = tensor_parallel * pipeline_parallel
-        devices = self.devices(count)
-        homes = [node for node in self.nodes for _ in node.devices][:count]
-        firsts = range(0, count, tensor_parallel)
-        return tuple(
-            StageDevices(
-                devices=devices[first : first + tensor_parallel],
-                group_link=self._slowest(homes[first : first + tensor_parallel]),
-                next_link=(
-                    self.link(homes[first + tensor_parallel - 1], homes[first + tensor_parallel])
-                    if first + tensor_parallel < count
-                    else None
-                ),
-            )
-            for first in firsts
-        )
-
-    def _slowest(self, homes: list[NodeSpec]) -> Link:
-        """The link that a collective over devices of these nodes waits for."""
-        links = [self.link(left, right) for left in homes for right in homes]
-        return min(links, key=lambda link: link.bandwidth)
 
     def devices(self, count: int) -> tuple[DeviceSpec, ...]:
         """The first ``count`` devices, each with its part of what its node shares among those in

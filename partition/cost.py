@@ -161,16 +161,6 @@ def pass_time(terms: dict[str, Array]) -> Array:
     return np.maximum(compute_time(terms), np.maximum(terms["host link"], terms["disk"]))
 
 
-def pipeline_cycle_s(stage_times: list[float], passes: int) -> float:
-    """Seconds between two tokens of a sequence with ``passes`` in flight (GPipe, Huang et al.,
-    2019).
-
-    A pass returns after all stages, but not before the slowest stage has served every pass in
-    flight.
-    """
-    return max(sum(stage_times), passes * max(stage_times))
-
-
 def unit_row(
     unit: Unit, profile: ModelProfile, rank: int, world: int, num_bytes: int, footprint: int
 ) -> dict[str, float]:

@@ -9,7 +9,7 @@ from kvcache.tier import Tier, TierBudget
 from partition.codec import decode, encode
 from partition.errors import PlanError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,7 @@ class ShardPlan:
     ``device_kv_bytes`` and ``host_kv_bytes`` hold the KV blocks of those tiers.
     ``workspace_bytes`` of the device budget are kept free for activations, ``staging_bytes`` of the
     host budget are the buffers through which NVMe units reach a device that cannot be read into.
+    ``node`` and ``device`` are the cluster's names of where it runs.
     """
 
     rank: int
@@ -41,6 +42,8 @@ class ShardPlan:
     host_kv_bytes: int
     workspace_bytes: int
     staging_bytes: int = 0
+    node: str = ""
+    device: str = ""
 
     def weight_bytes(self, tier: Tier) -> int:
         """Bytes of weights this shard keeps on ``tier``."""
@@ -74,6 +77,8 @@ class StagePlan:
 class Forecast:
     """What the planner says a pass will cost. Times in seconds, for the planned batch.
 
+    ``decode_pass_s`` is the time after which every decoding sequence has one token more, and so the
+    time per output token; ``stage_times_s`` are the stages' parts of it, for one pass.
     ``terms_s`` maps each bound ("device memory", "host link", "disk", "compute", "collectives") to
     its time in a decode pass of the slowest stage; ``binds`` names the largest.
     """
@@ -82,8 +87,10 @@ class Forecast:
     prefill_pass_s: float
     tokens_per_s: float
     time_to_first_token_s: float
+    time_per_output_token_s: float
     binds: str
     terms_s: dict[str, float] = field(default_factory=dict)
+    stage_times_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +105,7 @@ class PartitionPlan:
     dtype: str
     tensor_parallel: int
     pipeline_parallel: int
+    passes_in_flight: int
     stages: tuple[StagePlan, ...]
     block_size: int
     num_device_blocks: int
@@ -114,14 +122,6 @@ class PartitionPlan:
     def shards(self) -> tuple[ShardPlan, ...]:
         """All shards, by rank: stage-major, tensor-parallel rank within the stage."""
         return tuple(shard for stage in self.stages for shard in stage.shards)
-
-    @property
-    def passes_in_flight(self) -> int:
-        """How many passes run at once: one a stage, so that none is idle. But every pass reads the
-        weights on NVMe again, from a disk that the stages share: then one pass with all sequences
-        moves the least bytes a token."""
-        reads_disk = any(shard.weight_bytes(Tier.NVME) for shard in self.shards)
-        return 1 if reads_disk else self.pipeline_parallel
 
     def validate(self) -> None:
         """Raise PlanError naming the first thing that does not hold: counts, ranks, stages,
@@ -155,6 +155,7 @@ class PartitionPlan:
         for name in (
             "tensor_parallel",
             "pipeline_parallel",
+            "passes_in_flight",
             "block_size",
             "num_device_blocks",
             "max_model_len",
@@ -167,6 +168,11 @@ class PartitionPlan:
             raise PlanError(
                 "expert_parallel is true, but tensor_parallel is 1: one rank has nobody to deal "
                 "experts out to"
+            )
+        if self.passes_in_flight > self.pipeline_parallel:
+            raise PlanError(
+                f"passes_in_flight is {self.passes_in_flight}, but the {self.pipeline_parallel} "
+                "stages of pipeline_parallel serve one pass each; lower passes_in_flight"
             )
         if self.num_host_blocks < 0:
             raise PlanError(f"num_host_blocks is {self.num_host_blocks}; it must be 0 or more")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvcache.layout import DTYPE_BYTES
-from partition.cluster import DeviceSpec
+from partition.cost import PassShape
 from partition.errors import PlanError
 from partition.profile import ModelProfile
 from partition.workload import Constraints, Workload
@@ -47,20 +47,24 @@ def workspace_bytes(
 
 def sizings(
     profile: ModelProfile,
-    devices: tuple[DeviceSpec, ...],
+    device_bytes: int,
+    host_bytes: int,
     width: int,
-    pipeline_parallel: int,
+    stage_block_bytes: int,
     workload: Workload,
     constraints: Constraints,
 ) -> Iterator[Sizing]:
-    """The sizings worth trying, most KV first: the workload's need, then halved down to the
-    least."""
-    least = least_sizing(profile, width, workload, constraints)
-    device_bytes = min(device.budget.device_bytes for device in devices)
-    host_bytes = min(device.budget.host_bytes for device in devices)
+    """The sizings worth trying on devices of which the smallest has ``device_bytes`` and
+    ``host_bytes``, for stages that hold ``stage_block_bytes`` a KV block: most sequences and KV
+    first (the workload's need), then halved down to the least."""
+    least = least_sizing(profile, width, constraints)
     row_bytes = workspace_bytes(profile, width, 0, 1)
     num_seqs = constraints.max_num_seqs or max(
-        1, min(MAX_NUM_SEQS, device_bytes // (2 * WORKSPACE_SHARE) // row_bytes)
+        1,
+        min(
+            max(MAX_NUM_SEQS, workload.concurrency),
+            device_bytes // (2 * WORKSPACE_SHARE) // row_bytes,
+        ),
     )
     num_tokens = constraints.max_num_batched_tokens or MAX_BATCHED_TOKENS
     while (
@@ -74,10 +78,6 @@ def sizings(
     context = min(workload.context, limit)
     wanted = constraints.max_num_seqs or min(num_seqs, workload.concurrency)
     blocks = wanted * math.ceil(context / constraints.block_size)
-    stage_block_bytes = (
-        profile.kv_layout(0, profile.num_layers, constraints.block_size).block_bytes
-        // pipeline_parallel
-    )
     host_blocks = host_bytes // HOST_KV_SHARE // max(1, stage_block_bytes)
     while True:
         blocks = max(blocks, least.num_device_blocks)
@@ -97,9 +97,7 @@ def sizings(
         blocks //= 2
 
 
-def least_sizing(
-    profile: ModelProfile, width: int, workload: Workload, constraints: Constraints
-) -> Sizing:
+def least_sizing(profile: ModelProfile, width: int, constraints: Constraints) -> Sizing:
     """The smallest sizing that the constraints allow: if it does not fit, nothing does."""
     num_tokens = constraints.max_num_batched_tokens or MIN_BATCHED_TOKENS
     limit = constraints.max_model_len or min(profile.max_position_embeddings, LEAST_MODEL_LEN)
@@ -117,6 +115,31 @@ def least_sizing(
         workspace_bytes=workspace_bytes(profile, width, num_tokens, num_seqs),
         kv_share=None,
     )
+
+
+def batch_size(sizing: Sizing, workload: Workload) -> int:
+    """Sequences that decode together."""
+    return min(workload.concurrency, sizing.max_num_seqs)
+
+
+def decode_shape(sizing: Sizing, workload: Workload, passes: int) -> PassShape:
+    """One of the ``passes`` in flight, halfway through the workload's outputs."""
+    per_pass = math.ceil(batch_size(sizing, workload) / passes)
+    context = min(workload.prompt_tokens + workload.output_tokens / 2, sizing.max_model_len)
+    return PassShape(num_tokens=per_pass, num_sequences=per_pass, context=context)
+
+
+def prefill_shape(sizing: Sizing, workload: Workload) -> PassShape:
+    """One of the passes that together read a prompt."""
+    prompt = min(workload.prompt_tokens, sizing.max_model_len)
+    tokens = min(prompt, sizing.max_num_batched_tokens)
+    return PassShape(num_tokens=tokens, num_sequences=1, context=prompt / 2)
+
+
+def num_prefill_passes(sizing: Sizing, workload: Workload) -> int:
+    """How many passes a prompt takes."""
+    prompt = min(workload.prompt_tokens, sizing.max_model_len)
+    return math.ceil(prompt / min(prompt, sizing.max_num_batched_tokens))
 
 
 def check_constraints(profile: ModelProfile, constraints: Constraints) -> None:

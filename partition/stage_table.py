@@ -3,12 +3,14 @@ at once."""
 
 from __future__ import annotations
 
-from collections import Counter
-from functools import cached_property
+from collections import Counter, defaultdict
+from dataclasses import replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcache.layout import DTYPE_BYTES, KVLayerSpec
 from partition.cost import Load, page_rounded, unit_row
 from partition.profile import ModelProfile, Unit, UnitKind
 from partition.sharding import ParameterSpec
@@ -16,6 +18,10 @@ from partition.tier_choice import ring_bytes
 
 TENSOR_ALIGNMENT = 64
 """Within a unit each tensor starts at a multiple of this many bytes."""
+
+
+LayerKind = tuple[tuple[Unit, ...], KVLayerSpec]
+"""The units of a layer and what it caches per token."""
 
 
 class StageTable:
@@ -32,7 +38,13 @@ class StageTable:
         self.tensor_parallel = tensor_parallel
         self._spec_bytes: dict[tuple[object, ...], int] = {}
         self._unit_rows: dict[tuple[object, ...], dict[str, float]] = {}
-        self.loads = [self._load(rank) for rank in range(tensor_parallel)]
+        known: dict[object, Load] = {}
+        self.loads: list[Load] = []
+        for rank in range(tensor_parallel):
+            key = self._rank_key(rank)
+            if key not in known:
+                known[key] = self._load(rank)
+            self.loads.append(known[key])
 
     def unit_bytes(self, unit: Unit, rank: int) -> int:
         """Bytes of a rank's slice of ``unit``."""
@@ -54,11 +66,7 @@ class StageTable:
         return self._spec_bytes[key]
 
     def _row(self, unit: Unit, rank: int) -> dict[str, float]:
-        key = (
-            unit.kind,
-            rank,
-            tuple((s.shape, s.rule, s.dtype_bytes, s.num_experts) for s in unit.parameters),
-        )
+        key = (rank, *_make(unit))
         if key not in self._unit_rows:
             self._unit_rows[key] = unit_row(
                 unit,
@@ -70,86 +78,109 @@ class StageTable:
             )
         return self._unit_rows[key]
 
-    def _sum(self, units: tuple[Unit, ...], rank: int) -> Counter[str]:
-        total: Counter[str] = Counter()
+    def _sum(self, units: tuple[Unit, ...], rank: int) -> dict[str, float]:
+        total: dict[str, float] = defaultdict(float)
         for unit in units:
             for name, value in self._row(unit, rank).items():
-                total[name] += value  # type: ignore[assignment]
+                total[name] += value
         return total
 
-    def _load(self, rank: int) -> Load:
-        profile, world = self.profile, self.tensor_parallel
-        num_layers = profile.num_layers
-        by_layer: list[list[Unit]] = [[] for _ in range(num_layers)]
+    @cached_property
+    def _ends(self) -> dict[str, tuple[Unit, ...]]:
+        """The units before and after the layers, by the stage that holds them."""
+        return {
+            end: tuple(unit for unit in self.profile.units if unit.stage_end == end)
+            for end in ("first", "last")
+        }
+
+    @cached_property
+    def _layer_kinds(
+        self,
+    ) -> tuple[tuple[int, ...], tuple[tuple[tuple[Unit, ...], KVLayerSpec], ...]]:
+        """By layer the number of its kind, and by kind its units and what it caches: layers of one
+        kind differ in nothing but their place."""
+        profile = self.profile
+        by_layer: list[list[Unit]] = [[] for _ in range(profile.num_layers)]
         for unit in profile.units:
             if unit.layer is not None:
                 by_layer[unit.layer].append(unit)
-        layout = profile.kv_layout(0, num_layers, 1, rank, world)
-        query = profile.heads.query
-        if profile.kv_sharded and world > 1:
-            start, stop = profile.heads.query_range(rank, world)
-            query = stop - start
-        rows: list[dict[str, float]] = [{}]
-        total: Counter[str] = Counter()
-        element = layout.bytes_per_token / max(1, sum(s.elements_per_token for s in layout.layers))
-        for units, spec in zip(by_layer, layout.layers, strict=True):
-            total.update(self._sum(tuple(units), rank))
-            total.update(
-                {
-                    "num_layers": 1,
-                    "kv_bytes_per_token": spec.elements_per_token * element,
-                    "attention_flops": 2 * query * (spec.key_dim + spec.value_dim),
-                }
-            )
-            rows.append(dict(total))
-        prefix = Load.stack(rows)
-        ends = {
-            end: Load.stack(
-                [dict(self._sum(tuple(u for u in profile.units if u.stage_end == end), rank))]
-            )
-            for end in ("first", "last")
+        numbers: dict[object, int] = {}
+        kinds: list[LayerKind] = []
+        layers: list[int] = []
+        for units, cached in zip(by_layer, profile.kv_layers, strict=True):
+            key = (replace(cached, layer=0), *(_make(unit) for unit in units))
+            if key not in numbers:
+                numbers[key] = len(kinds)
+                kinds.append((tuple(units), cached))
+            layers.append(numbers[key])
+        return tuple(layers), tuple(kinds)
+
+    def _rank_key(self, rank: int) -> object:
+        """The same for ranks of the same load."""
+        units = [unit for kind, _ in self._layer_kinds[1] for unit in kind]
+        units += [unit for end in self._ends.values() for unit in end]
+        rows = (tuple(self._row(unit, rank).items()) for unit in units)
+        return (*self._heads(rank), *rows)
+
+    def _heads(self, rank: int) -> tuple[int, int | None]:
+        """A rank's query heads, and its key and value heads (None: all that a layer has)."""
+        heads, world = self.profile.heads, self.tensor_parallel
+        if world == 1 or not self.profile.kv_sharded:
+            return heads.query, None
+        ranges = heads.query_range(rank, world), heads.key_value_range(rank, world)
+        query, key_value = (stop - start for start, stop in ranges)
+        return query, key_value
+
+    def _layer_row(self, kind: LayerKind, rank: int) -> dict[str, float]:
+        units, cached = kind
+        query, heads = self._heads(rank)
+        held = cached if heads is None else replace(cached, key_heads=heads, value_heads=heads)
+        return {
+            **self._sum(units, rank),
+            "num_layers": 1,
+            "kv_bytes_per_token": held.elements_per_token * DTYPE_BYTES[self.profile.dtype],
+            "attention_flops": 2 * query * (held.key_dim + held.value_dim),
         }
-        whole = Load.stack([dict(self._sum(profile.stage_units(0, num_layers), rank))])
-        layers_only = ("num_layers", "kv_bytes_per_token", "attention_flops")
+
+    def _load(self, rank: int) -> Load:
+        profile, num_layers = self.profile, self.profile.num_layers
+        layers, kinds = self._layer_kinds
+        rows = [self._layer_row(kind, rank) for kind in kinds]
+        of_kind = Load.stack(rows)
+        of_ends = Load.stack([self._sum(units, rank) for units in self._ends.values()])
+        both = tuple(  # one stage holds tied embeddings once
+            unit for unit in profile.stage_units(0, num_layers) if unit.layer is None
+        )
+        whole_ends = Load.stack([self._sum(both, rank)])
         tables: dict[str, NDArray[np.float64]] = {}
         for name in Load.__dataclass_fields__:
-            column = getattr(prefix, name)
-            table = column[None, :] - column[:, None]
-            table[0, :] += getattr(ends["first"], name)[0]
-            table[:, num_layers] += getattr(ends["last"], name)[0]
-            if name not in layers_only:  # one stage holds tied embeddings once
-                table[0, num_layers] = getattr(whole, name)[0]
+            prefix = np.append(0.0, np.cumsum(getattr(of_kind, name)[list(layers)]))
+            table = prefix[None, :] - prefix[:, None]
+            first, last = getattr(of_ends, name)
+            table[0, :num_layers] += first
+            table[1:, num_layers] += last
+            table[0, num_layers] += getattr(whole_ends, name)[0]
             tables[name] = table
         return Load(**tables)
 
     @cached_property
     def stage_groups(self) -> NDArray[np.int64]:
         """[first, end]: the same number for stages of the same make, whatever their place."""
-        profile = self.profile
-        layer_key: dict[int, list[object]] = {i: [] for i in range(profile.num_layers)}
-        for unit in profile.units:
-            if unit.layer is not None:
-                layer_key[unit.layer].append(
-                    (unit.kind, *(self.unit_bytes(unit, r) for r in range(self.tensor_parallel)))
-                )
-        kv = profile.kv_layers
-        types = [
-            (tuple(layer_key[i]), kv[i].elements_per_token, kv[i].key_heads)
-            for i in range(profile.num_layers)
-        ]
-        number = {kind: index for index, kind in enumerate(dict.fromkeys(types))}
-        counts = np.zeros((profile.num_layers + 1, len(number)), dtype=np.int64)
-        for layer, kind in enumerate(types):
-            counts[layer + 1] = counts[layer]
-            counts[layer + 1, number[kind]] += 1
-        groups = np.full((profile.num_layers + 1,) * 2, -1, dtype=np.int64)
-        seen: dict[tuple[object, ...], int] = {}
-        for first in range(profile.num_layers):
-            for end in range(first + 1, profile.num_layers + 1):
-                made_of = (counts[end] - counts[first]).tobytes()
-                key = (made_of, first == 0, end == profile.num_layers)
-                groups[first, end] = seen.setdefault(key, len(seen))
-        return groups
+        return _stage_groups(self._layer_kinds[0])
+
+    @cached_property
+    def group_loads(self) -> list[Load]:
+        """By rank: the load of one stage of each of ``stage_groups``."""
+        groups = self.stage_groups
+        _, places = np.unique(groups, return_index=True)
+        first, end = np.unravel_index(places[1:], groups.shape)
+        known = {
+            id(load): Load(
+                **{name: getattr(load, name)[first, end] for name in Load.__dataclass_fields__}
+            )
+            for load in self.loads
+        }
+        return [known[id(load)] for load in self.loads]
 
     def stream_classes(self, units: tuple[Unit, ...], rank: int) -> tuple[tuple[int, int], ...]:
         """(page-rounded size, count) of the units that may lie on any tier, largest first."""
@@ -193,6 +224,26 @@ class StageTable:
             return 0
         shape = spec.local_shape(self.profile.heads, rank, self.tensor_parallel)
         return max(shape[-2:]) * (self.profile.num_experts_per_token if spec.num_experts > 1 else 1)
+
+
+@lru_cache(maxsize=64)
+def _stage_groups(layers: tuple[int, ...]) -> NDArray[np.int64]:
+    """[first, end] numbers by how many layers of each kind a stage has and which ends of the
+    model; -1 where there is no stage."""
+    num_layers = len(layers)
+    counts = np.zeros((num_layers + 1, max(layers) + 1), dtype=np.int64)
+    counts[1:] = np.cumsum(np.eye(max(layers) + 1, dtype=np.int64)[list(layers)], axis=0)
+    first, end = np.triu_indices(num_layers + 1, 1)
+    made_of = np.column_stack((counts[end] - counts[first], first == 0, end == num_layers))
+    groups = np.full((num_layers + 1,) * 2, -1, dtype=np.int64)
+    groups[first, end] = np.unique(made_of, axis=0, return_inverse=True)[1].reshape(-1)
+    return groups
+
+
+def _make(unit: Unit) -> tuple[object, ...]:
+    """The same for units that differ in nothing but their names and places."""
+    specs = unit.parameters
+    return (unit.kind, *((s.shape, s.rule, s.dtype_bytes, s.num_experts) for s in specs))
 
 
 def may_stream(unit: Unit) -> bool:

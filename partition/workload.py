@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, fields, replace
 
 from partition.errors import PlanError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A typical request in tokens, and how many run at once."""
+    """A typical request in tokens, how many run at once, and how long they may wait for the first
+    token and for each further one, in seconds (None: as long as it takes)."""
 
     prompt_tokens: int = 512
     output_tokens: int = 128
     concurrency: int = 32
+    ttft_limit_s: float | None = None
+    tpot_limit_s: float | None = None
 
     def __post_init__(self) -> None:
         _positive(self)
+
+    @property
+    def unlimited(self) -> Workload:
+        """The same requests, which wait as long as it takes."""
+        return replace(self, ttft_limit_s=None, tpot_limit_s=None)
 
     @property
     def context(self) -> int:
@@ -26,10 +35,12 @@ class Workload:
 
 
 class Objective(enum.Enum):
-    """What the best plan is best at."""
+    """What the best plan is best at, among those that keep the workload's limits."""
 
     MAX_THROUGHPUT = "max_throughput"
-    MIN_TPOT = "min_tpot"
+    MIN_TPOT = "min_tpot"  # at the whole concurrency, if it can be served at all
+    MIN_TTFT = "min_ttft"
+    LEAST_DEVICES = "least_devices"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,5 +65,8 @@ def _positive(options: Workload | Constraints) -> None:
         if field.name == "expert_parallel":
             if value not in (None, True, False):
                 raise PlanError(f"expert_parallel is {value}; it must be true or false")
+        elif field.name.endswith("_s"):
+            if value is not None and not 0 < value < math.inf:
+                raise PlanError(f"{field.name} is {value}; it must be above 0 seconds")
         elif value is not None and (isinstance(value, bool) or value < 1):
             raise PlanError(f"{field.name} is {value}; it must be at least 1")

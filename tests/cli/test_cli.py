@@ -107,6 +107,7 @@ def test_a_plan_as_a_table() -> None:
         dtype="bfloat16",
         tensor_parallel=1,
         pipeline_parallel=1,
+        passes_in_flight=1,
         stages=(StagePlan(index=0, first_layer=0, end_layer=4, shards=(shard,)),),
         block_size=16,
         num_device_blocks=1,
@@ -119,6 +120,7 @@ def test_a_plan_as_a_table() -> None:
             prefill_pass_s=0.5,
             tokens_per_s=32.0,
             time_to_first_token_s=0.5,
+            time_per_output_token_s=0.25,
             binds="disk",
         ),
     )

@@ -23,7 +23,7 @@ def make_plan(
     device_blocks: int,
     host_blocks: int,
     max_model_len: int = 128,
-    expert_parallel: bool | None = None,
+    expert_parallel: bool = False,
 ) -> PartitionPlan:
     """The planner's split of the model, with its units on the tiers that ``tiers`` names ("mixed":
     in turn) and the KV blocks given."""
@@ -46,8 +46,13 @@ def make_plan(
         replace(stage, shards=tuple(_place(shard, tiers) for shard in stage.shards))
         for stage in plan.stages
     )
+    streams = tiers != Tier.DEVICE.value
     return replace(
-        plan, stages=stages, num_device_blocks=device_blocks, num_host_blocks=host_blocks
+        plan,
+        stages=stages,
+        passes_in_flight=1 if streams else pipeline_parallel,
+        num_device_blocks=device_blocks,
+        num_host_blocks=host_blocks,
     )
 
 

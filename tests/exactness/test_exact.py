@@ -150,7 +150,7 @@ def check(
     pp: int,
     tiers: str,
     launcher: Launcher,
-    expert_parallel: bool | None = None,
+    expert_parallel: bool = False,
 ) -> list[dict[str, Any]]:
     """Hold the engine's tokens to the reference; returns what its shards counted."""
     refusal = ModelProfile.from_pretrained(path).why_not_tensor_parallel(tp)
@@ -163,7 +163,7 @@ def check(
         host_blocks=64,
         expert_parallel=expert_parallel,
     )
-    assert plan.expert_parallel is bool(expert_parallel)
+    assert plan.expert_parallel is expert_parallel
     greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     with LLM(path, plan=plan, nvme_dir=path / "nvme", launcher=launcher) as llm:
         outputs = llm.generate(PROMPTS, greedy)

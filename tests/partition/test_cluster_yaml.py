@@ -12,8 +12,9 @@ nodes:
     shared: [disk]
     link: {bandwidth: 3e10, latency_s: 1e-5}
     devices: [&device {budget: {device_bytes: 24GiB, host_bytes: 1.5 GB, nvme_bytes: 0}, bandwidths:
-      {device_memory: 9e11, host_to_device: 2.4e+10, disk_read: 6000000000, disk_write: 5e9,
-       gemm: [{rows: 1, flops_per_s: 1e12}, {rows: 64, flops_per_s: 5e13}]}}, *device]
+      {device_memory: 9e11, host_to_device: 2.4e+10, device_to_host: 2.4e+10, disk_read: 6000000000,
+       disk_write: 5e9, gemm: [{rows: 1, flops_per_s: 1e12}, {rows: 64, flops_per_s: 5e13}]}},
+      *device]
 """
 
 

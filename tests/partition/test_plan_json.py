@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from planner_models import LINK, RATES, budget, llama_like
 
-from kvcache.tier import Tier
 from partition import ClusterSpec, Constraints, PartitionPlan, PlanError, plan
 
 
@@ -52,6 +50,8 @@ def spoil(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (spoil("stages.0.end_layer", 0), "holds no layers"),
         (spoil("tensor_parallel", 2), "tensor_parallel contradicts"),
         (spoil("pipeline_parallel", 3), "pipeline_parallel contradicts"),
+        (spoil("passes_in_flight", 0), "passes_in_flight is 0"),
+        (spoil("passes_in_flight", 3), "passes_in_flight is 3, but the 2 stages"),
         (spoil("stages.0.shards.0.ring_bytes", 1 << 30), "more than its budget"),
         (spoil("stages.0.shards.0.ring_bytes", -1), "ring_bytes is -1"),
         (spoil("stages.0.shards.0.placements.1.unit", "embedding"), "placed twice"),
@@ -70,15 +70,3 @@ def test_a_spoilt_plan_is_refused(text: str, change: Callable[[Any], None], said
 def test_junk_is_refused(junk: str) -> None:
     with pytest.raises(PlanError):
         PartitionPlan.from_json(junk)
-
-
-def test_stages_take_turns_at_a_disk_they_share(text: str) -> None:
-    resident = PartitionPlan.from_json(text)
-    shard = resident.shards[-1]
-    moved = replace(shard.placements[0], tier=Tier.NVME)
-    streaming = replace(shard, placements=(moved, *shard.placements[1:]))
-    stage = replace(resident.stages[-1], shards=(*resident.stages[-1].shards[:-1], streaming))
-    streamed = replace(resident, stages=(*resident.stages[:-1], stage))
-    assert resident.pipeline_parallel > 1
-    assert resident.passes_in_flight == resident.pipeline_parallel
-    assert streamed.passes_in_flight == 1

@@ -71,8 +71,11 @@ def test_streaming_splits_pay_with_more_shards() -> None:
     made = plan(model, cluster, SMALL)
     assert made.tensor_parallel * made.pipeline_parallel == 4
     others = runners_up(model, cluster, SMALL)
-    layouts = [(o.tensor_parallel, o.pipeline_parallel) for o in (made, *others)]
-    assert sorted(layouts) == [(2, 1), (2, 2), (3, 1), (4, 1)]  # with TP 1 the ring does not fit
+    layouts = [
+        (o.tensor_parallel, o.pipeline_parallel, o.passes_in_flight) for o in (made, *others)
+    ]
+    # with TP 1 the ring does not fit
+    assert sorted(layouts) == [(2, 1, 1), (2, 2, 1), (2, 2, 2), (3, 1, 1), (4, 1, 1)]
     assert all(o.forecast.tokens_per_s <= made.forecast.tokens_per_s for o in others)
 
 

@@ -1,0 +1,187 @@
+"""What a decode pass takes on every possible stage, for any devices: lower bounds of all stages at
+once, exact prices where they matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from partition.cluster import DeviceSpec, StageDevices
+from partition.cost import PAGE_BYTES, CostModel, Load, PassShape, compute_time, pass_time
+from partition.sizing import Sizing
+from partition.stage_table import StageTable
+from partition.tier_choice import TierChoice, TierProblem, choose_tiers
+
+Run = tuple[int, int]
+
+
+class Room(NamedTuple):
+    """Bytes for weights on each tier of one rank, after KV, workspace and small units, and whether
+    KV keeps to its share if weights stream. Arrays as in `Load`."""
+
+    device: NDArray[np.float64]
+    host: NDArray[np.float64]
+    nvme: NDArray[np.float64]
+    may_stream: NDArray[np.bool_]
+
+
+class StageTimes:
+    """Times of one pass (``decode``) with one sizing. ``tiers`` caches solved tier problems and is
+    shared. Times start as lower bounds and are replaced by exact ones by `price`."""
+
+    def __init__(
+        self,
+        table: StageTable,
+        costs: CostModel,
+        sizing: Sizing,
+        block_size: int,
+        decode: PassShape,
+        tiers: dict[TierProblem, TierChoice | None],
+    ) -> None:
+        self.table = table
+        self.costs = costs
+        self.sizing = sizing
+        self.decode = decode
+        self._block_size = block_size
+        self._tiers = tiers
+        self._by_group: dict[int, NDArray[np.float64]] = {}
+        self._exact: dict[int, NDArray[np.bool_]] = {}
+
+    def times(self, number: int, held: StageDevices) -> NDArray[np.float64]:
+        """[first, end]: seconds of the stage on ``held``, whose number is ``number``; inf: it does
+        not fit. Exact where priced or where all weights stay on the device, a lower bound
+        elsewhere."""
+        if number not in self._by_group:
+            bounds, exact = self._lower_bounds(held)
+            self._by_group[number] = np.append(bounds, np.inf)
+            self._exact[number] = exact
+        return np.asarray(self._by_group[number][self.table.stage_groups])
+
+    def is_exact(self, number: int, run: Run) -> bool:
+        return bool(self._exact[number][self.table.stage_groups[run]])
+
+    def price(self, number: int, held: StageDevices, run: Run) -> None:
+        """Make the time of this run, and of all made like it, exact."""
+        group = int(self.table.stage_groups[run])
+        self._by_group[number][group] = self.stage_time(held, run)
+        self._exact[number][group] = True
+
+    def stage_time(self, held: StageDevices, run: Run) -> float:
+        """Seconds of the pass on the run [first, end); inf: it does not fit."""
+        slowest = 0.0
+        for rank, choice in enumerate(self.choices(held, run)):
+            if choice is None:
+                return float("inf")
+            terms = self.costs.terms(
+                self.table.loads[rank].at(*run),
+                self.decode,
+                held.devices[rank].bandwidths,
+                choice.streamed_bytes,
+                choice.disk_bytes,
+                group_link=held.group_link,
+                next_link=held.next_link,
+            )
+            slowest = max(slowest, float(pass_time(terms)))
+        return slowest
+
+    def choices(self, held: StageDevices, run: Run) -> Iterator[TierChoice | None]:
+        """By rank: the tiers of its units; None: they do not fit."""
+        units = self.table.profile.stage_units(*run)
+        known: dict[tuple[int, int], TierChoice | None] = {}
+        for rank, device in enumerate(held.devices):
+            key = id(self.table.loads[rank]), id(device)
+            if key not in known:
+                load = self.table.loads[rank].at(*run)
+                classes = self.table.stream_classes(units, rank)
+                known[key] = self._choice(rank, held, load, classes)
+            yield known[key]
+
+    def _choice(
+        self, rank: int, held: StageDevices, load: Load, classes: tuple[tuple[int, int], ...]
+    ) -> TierChoice | None:
+        problem = self._tier_problem(rank, held, load, classes)
+        if problem not in self._tiers:
+            self._tiers[problem] = choose_tiers(problem)
+        choice = self._tiers[problem]
+        if choice is not None and choice.streamed_bytes:
+            may_stream = self._room(rank, load, held.devices[rank]).may_stream
+            return choice if may_stream else None
+        return choice
+
+    def _tier_problem(
+        self, rank: int, held: StageDevices, load: Load, classes: tuple[tuple[int, int], ...]
+    ) -> TierProblem:
+        device = held.devices[rank]
+        room = self._room(rank, load, device)
+        terms = self.costs.terms(
+            load,
+            self.decode,
+            device.bandwidths,
+            group_link=held.group_link,
+            next_link=held.next_link,
+        )
+        return TierProblem(
+            classes=classes,
+            embedding=int(load.embedding_bytes),
+            device_bytes=int(room.device),
+            host_bytes=int(room.host),
+            nvme_bytes=int(room.nvme),
+            floor_s=float(compute_time(terms)),
+            host_link=device.bandwidths.host_to_device,
+            disk=device.bandwidths.disk_read,
+            staged=device.staged,
+        )
+
+    def _room(self, rank: int, load: Load, device: DeviceSpec) -> Room:
+        sizing, budget = self.sizing, device.budget
+        block_bytes = load.kv_bytes_per_token * self._block_size
+        left = budget.device_bytes - sizing.workspace_bytes - load.small_bytes
+        kv = _pages(sizing.num_device_blocks * block_bytes)
+        within_share = np.asarray(kv >= 0)
+        if sizing.kv_share is not None:
+            within_share = kv <= sizing.kv_share * (left - self.table.longest_ring_bytes(rank))
+        return Room(
+            device=np.asarray(left - kv),
+            host=np.asarray(budget.host_bytes - _pages(sizing.num_host_blocks * block_bytes)),
+            nvme=np.full_like(kv, budget.nvme_bytes),
+            may_stream=within_share,
+        )
+
+    def _lower_bounds(self, held: StageDevices) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """By stage group: no stage time is below these (units are taken as divisible and the ring
+        as nothing), and whether it is exactly this."""
+        slowest = np.zeros_like(self.table.group_loads[0].num_layers)
+        exact = np.ones(slowest.shape, dtype=np.bool_)
+        known: set[tuple[int, int]] = set()
+        for rank, device in enumerate(held.devices):
+            load = self.table.group_loads[rank]
+            if (id(load), id(device)) in known:
+                continue
+            known.add((id(load), id(device)))
+            room = self._room(rank, load, device)
+            resident = load.stream_bytes <= room.device
+            streamed = np.where(resident, 0.0, load.stream_bytes - room.device)
+            on_disk = np.maximum(0.0, streamed - room.host)
+            terms = self.costs.terms(
+                load,
+                self.decode,
+                device.bandwidths,
+                streamed,
+                on_disk,
+                group_link=held.group_link,
+                next_link=held.next_link,
+            )
+            fits = (room.device >= 0) & (room.host >= 0)
+            fits &= load.stream_bytes + load.embedding_bytes <= room.device + room.host + room.nvme
+            fits &= resident | room.may_stream
+            slowest = np.maximum(slowest, np.where(fits, pass_time(terms), np.inf))
+            left = np.maximum(room.device - load.stream_bytes, np.maximum(room.host, room.nvme))
+            exact &= resident & (load.embedding_bytes <= left)
+        return slowest, exact | np.isinf(slowest)
+
+
+def _pages(num_bytes: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.ceil(num_bytes / PAGE_BYTES) * PAGE_BYTES)
