@@ -8,7 +8,11 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything that shapes one engine (one replica). Memory is in bytes, per shard."""
+    """Everything that shapes one engine (one replica). Memory is in bytes, per shard.
+
+    ``prompt_tokens`` to ``tpot_limit_s`` are what the planner is to expect, a `partition.Workload`;
+    ``objective`` is the name of a `partition.Objective`: what its plan is to be best at.
+    """
 
     model: str
     device_memory: int | None = None
@@ -18,6 +22,12 @@ class EngineConfig:
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
     expert_parallel: bool | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    concurrency: int | None = None
+    ttft_limit_s: float | None = None
+    tpot_limit_s: float | None = None
+    objective: str | None = None
     executor: str = "local"
     dtype: str = "auto"
     device: str = "auto"

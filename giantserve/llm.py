@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +27,9 @@ class LLM:
     """A model held in a replica on this machine (``executor="local"``) or on Ray (``"ray"``).
 
     Memory sizes are bytes or strings such as "2GiB", per shard; whatever is left out the planner
-    chooses from the machine. ``options`` are the other fields of `EngineConfig`; ``plan`` is run in
-    place of the planner's own. Use it as a context manager, or call `close`.
+    chooses from the machine, and a line of the log says what and why (on stderr, unless the program
+    has set up logging itself). ``options`` are the other fields of `EngineConfig`; ``plan`` is run
+    in place of the planner's own. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class LLM:
             nvme_dir=None if nvme_dir is None else Path(nvme_dir),
             **options,
         )
+        _show_log()
         self._engine = Engine(config, plan=plan, on_progress=on_progress, launcher=launcher)
         self._calls = itertools.count(1)
 
@@ -156,6 +159,15 @@ class LLM:
                 )
             prompt = self._engine.tokenizer.encode(prompt)
         return check_token_ids(prompt, self._engine.profile.vocab_size, self.max_model_len)
+
+
+def _show_log() -> None:
+    logger = logging.getLogger("giantserve")
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def _bytes(name: str, value: int | str | None) -> int | None:

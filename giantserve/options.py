@@ -71,6 +71,7 @@ def _parse_path(value: Any) -> Path:
 _BY_TYPE: dict[str, Callable[[Any], Any]] = {
     "str": parse_text,
     "int": parse_int,
+    "float": parse_float,
     "bool": parse_bool,
     "Path": _parse_path,
 }
@@ -80,6 +81,9 @@ _BY_NAME: dict[str, Callable[[Any], Any]] = {
     "nvme_memory": parse_bytes,
     "tensor_parallel": parse_positive,
     "pipeline_parallel": parse_positive,
+    "prompt_tokens": parse_positive,
+    "output_tokens": parse_positive,
+    "concurrency": parse_positive,
     "max_model_len": parse_positive,
     "max_num_seqs": parse_positive,
     "max_num_batched_tokens": parse_positive,

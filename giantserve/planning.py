@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from giantserve.calibrate import calibrate
 from giantserve.config import EngineConfig
 from giantserve.errors import ConfigError
 from kvcache.tier import TierBudget
-from partition import Bandwidths, ClusterSpec, Constraints, ModelProfile, PartitionPlan, plan
+from partition import (
+    Bandwidths,
+    ClusterSpec,
+    Constraints,
+    ModelProfile,
+    Objective,
+    PartitionPlan,
+    Workload,
+)
 from partition.calibration import default_cache_folder
 from partition.machine import Machine
+from partition.problem import PlanningProblem
 
 RUNTIME_BYTES = 700 << 20
 """Resident memory of a shard beside its tiers: interpreter, torch, transformers, transient
@@ -28,6 +37,19 @@ PAGE_MULTIPLE = 256
 HOST_SHARE = 0.15
 """On a machine without a GPU device and host memory are the same; how much of it backs demoted
 KV."""
+
+
+CLUSTER_SAYS = (
+    "device",
+    "device_memory",
+    "host_memory",
+    "nvme_memory",
+    "nvme_dir",
+    "threads_per_shard",
+)
+"""The options of which a cluster file leaves nothing open."""
+
+WORKLOAD = tuple(field.name for field in fields(Workload))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,40 +74,10 @@ def resolve(config: EngineConfig) -> Resolution:
     Raises ConfigError or PlanError for what cannot be honoured: an unknown model folder, a budget
     too small (the message names one that would do), an NVMe folder that cannot be written.
     """
-    _check(config)
-    profile = ModelProfile.from_pretrained(config.model, config.dtype, config.trust_remote_code)
-    folder = _nvme_folder(config)
-    machine = Machine.discover(folder)
-    device = _device(config, machine)
-    num_devices = _num_devices(config, machine, device)
-    calibration = calibrate(folder, device, profile.dtype)
-    budget = _budget(config, machine, device, num_devices)
-    shared = ("disk",) if device == "cuda" else ("disk", "memory", "compute")
-    cluster = ClusterSpec.local(
-        num_devices,
-        budget,
-        calibration.bandwidths,
-        calibration.link,
-        shared=shared,
-        staged=device == "cuda",
-    )
-    constraints = Constraints(
-        tensor_parallel=config.tensor_parallel,
-        pipeline_parallel=config.pipeline_parallel,
-        expert_parallel=config.expert_parallel,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        block_size=config.block_size or (PAGE_MULTIPLE if device == "cuda" else CPU_BLOCK_SIZE),
-    )
-    decided = plan(profile, cluster, constraints=constraints, model=config.model)
+    config, problem = _here(config)
+    decided = problem.plan()
     config = replace(
         config,
-        device=device,
-        nvme_dir=folder,
-        device_memory=budget.device_bytes,
-        host_memory=budget.host_bytes,
-        nvme_memory=budget.nvme_bytes,
         tensor_parallel=decided.tensor_parallel,
         pipeline_parallel=decided.pipeline_parallel,
         expert_parallel=decided.expert_parallel,
@@ -94,8 +86,99 @@ def resolve(config: EngineConfig) -> Resolution:
         max_num_batched_tokens=decided.max_num_batched_tokens,
         block_size=decided.block_size,
     )
-    bandwidths = cluster.devices(len(decided.shards))[0].bandwidths
-    return Resolution(config=config, profile=profile, bandwidths=bandwidths, plan=decided)
+    bandwidths = problem.cluster.devices(len(decided.shards))[0].bandwidths
+    return Resolution(config=config, profile=problem.profile, bandwidths=bandwidths, plan=decided)
+
+
+def problem_here(config: EngineConfig) -> PlanningProblem:
+    """What the planner is asked for an engine on this machine. Raises what `resolve` raises."""
+    return _here(config)[1]
+
+
+def problem_on(cluster: ClusterSpec, config: EngineConfig) -> PlanningProblem:
+    """What the planner is asked for an engine on ``cluster``, of which nothing need exist: nothing
+    is measured or loaded, and the model may be a folder with no more than its config.json.
+
+    Raises ConfigError for an option that says what the cluster says.
+    """
+    _check(config)
+    for name in CLUSTER_SAYS:
+        if getattr(config, name) not in (None, "auto"):
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}, but memory and devices are what the cluster "
+                f"file says; leave {name} out, or change the file"
+            )
+    cuda = any(device.staged for node in cluster.nodes for device in node.devices)
+    return _problem(config, cluster, "cuda" if cuda else "cpu")
+
+
+def _here(config: EngineConfig) -> tuple[EngineConfig, PlanningProblem]:
+    """The config with its memory and device filled in from this machine, and the problem."""
+    _check(config)
+    folder = _nvme_folder(config)
+    machine = Machine.discover(folder)
+    device = _device(config, machine)
+    num_devices = _num_devices(config, machine, device)
+    profile = _profile(config)
+    calibration = calibrate(folder, device, profile.dtype)
+    budget = _budget(config, machine, device, num_devices)
+    cluster = ClusterSpec.local(
+        num_devices,
+        budget,
+        calibration.bandwidths,
+        calibration.link,
+        shared=("disk",) if device == "cuda" else ("disk", "memory", "compute"),
+        staged=device == "cuda",
+    )
+    config = replace(
+        config,
+        device=device,
+        nvme_dir=folder,
+        device_memory=budget.device_bytes,
+        host_memory=budget.host_bytes,
+        nvme_memory=budget.nvme_bytes,
+    )
+    return config, _problem(config, cluster, device, profile)
+
+
+def _profile(config: EngineConfig) -> ModelProfile:
+    return ModelProfile.from_pretrained(config.model, config.dtype, config.trust_remote_code)
+
+
+def _problem(
+    config: EngineConfig,
+    cluster: ClusterSpec,
+    device: str,
+    profile: ModelProfile | None = None,
+) -> PlanningProblem:
+    load = {name: getattr(config, name) for name in WORKLOAD}
+    return PlanningProblem(
+        model=config.model,
+        profile=profile or _profile(config),
+        cluster=cluster,
+        workload=Workload(**{name: value for name, value in load.items() if value is not None}),
+        objective=_objective(config),
+        constraints=Constraints(
+            tensor_parallel=config.tensor_parallel,
+            pipeline_parallel=config.pipeline_parallel,
+            expert_parallel=config.expert_parallel,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            block_size=config.block_size or (PAGE_MULTIPLE if device == "cuda" else CPU_BLOCK_SIZE),
+        ),
+    )
+
+
+def _objective(config: EngineConfig) -> Objective:
+    known = {objective.value: objective for objective in Objective}
+    if config.objective is None:
+        return Objective.MAX_THROUGHPUT
+    if config.objective not in known:
+        raise ConfigError(
+            f"objective is {config.objective!r}; there are {', '.join(sorted(known))}"
+        )
+    return known[config.objective]
 
 
 def _check(config: EngineConfig) -> None:

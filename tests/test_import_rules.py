@@ -71,8 +71,11 @@ LIGHT = (
     "partition.layer_split",
     "partition.layout_search",
     "partition.links",
+    "partition.memory_use",
+    "partition.pass_work",
     "partition.plan",
     "partition.plan_queue",
+    "partition.problem",
     "partition.profile",
     "partition.scoring",
     "partition.search",
@@ -83,6 +86,7 @@ LIGHT = (
     "partition.stage_table",
     "partition.stage_times",
     "partition.tier_choice",
+    "partition.timeline",
     "partition.workload",
 )
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "accelerate", "fastapi", "pynvml")

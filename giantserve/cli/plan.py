@@ -2,58 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from giantserve.cli import engine_options as opt
+from giantserve.cli.engine_options import PLACE, Model, with_engine_options
+from giantserve.errors import ConfigError
 from giantserve.options import engine_config
 
 
+@with_engine_options
 def plan(
-    model: opt.Model,
-    json_output: Annotated[bool, typer.Option("--json", help="The plan as JSON.")] = False,
-    device_memory: opt.DeviceMemory = None,
-    host_memory: opt.HostMemory = None,
-    nvme_dir: opt.NvmeDir = None,
-    nvme_memory: opt.NvmeMemory = None,
-    tensor_parallel: opt.TensorParallel = None,
-    pipeline_parallel: opt.PipelineParallel = None,
-    expert_parallel: opt.ExpertParallel = None,
-    threads_per_shard: opt.ThreadsPerShard = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    max_model_len: opt.MaxModelLen = None,
-    max_num_seqs: opt.MaxNumSeqs = None,
-    max_num_batched_tokens: opt.MaxNumBatchedTokens = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
+    model: Model,
+    engine: dict[str, Any],
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            help="Plan for the machines of this YAML file, in place of this one; MODEL may then be "
+            "a folder with only its config.json.",
+            rich_help_panel=PLACE,
+        ),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Only the plan, as JSON.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page with memory and a timeline.")
+    ] = None,
 ) -> None:
     """Show where a model's weights would lie and how fast it would run. Loads no weights."""
-    config = engine_config(
-        {
-            "model": model,
-            "device_memory": device_memory,
-            "host_memory": host_memory,
-            "nvme_dir": nvme_dir,
-            "nvme_memory": nvme_memory,
-            "tensor_parallel": tensor_parallel,
-            "pipeline_parallel": pipeline_parallel,
-            "expert_parallel": expert_parallel,
-            "threads_per_shard": threads_per_shard,
-            "dtype": dtype,
-            "device": device,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "trust_remote_code": trust_remote_code,
-        }
+    config = engine_config({"model": model, **engine})
+
+    from giantserve.cli.plan_page import plan_page
+    from giantserve.cli.plan_report import plan_report
+    from giantserve.cli.plan_table import print_report
+    from giantserve.planning import problem_here, problem_on
+    from partition import ClusterSpec
+
+    problem = (
+        problem_here(config)
+        if cluster is None
+        else problem_on(ClusterSpec.from_yaml(cluster), config)
     )
-
-    from giantserve.cli.plan_table import print_plan
-    from giantserve.planning import plan_for
-
-    made = plan_for(config)
+    if json_output and html is None:
+        typer.echo(problem.plan().to_json())
+        return
+    report = plan_report(problem)
+    if html is not None:
+        try:
+            html.write_text(plan_page(report), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {html}: {error.strerror}; name another file") from None
     if json_output:
-        typer.echo(made.to_json())
+        typer.echo(report.plan.to_json())
     else:
-        print_plan(made)
+        print_report(report)

@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from giantserve.cli.doctor import conclusions
 from giantserve.cli.main import app
-from giantserve.cli.plan_table import print_plan
 from giantserve.machine import GPU, Machine, read_cgroup_limit
-from kvcache.tier import Tier, TierBudget
-from partition.plan import Forecast, PartitionPlan, ShardPlan, StagePlan, UnitPlacement
 
 COMMANDS = ("serve", "generate", "chat", "plan", "demo", "doctor")
 
@@ -84,55 +80,6 @@ def test_serve_hands_over_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
     config, options = parse_args({"model": "/m", **args})
     assert (config.device_memory, config.enable_prefix_caching) == (2**31, False)
     assert options.num_replicas == 1
-
-
-def test_a_plan_as_a_table() -> None:
-    shard = ShardPlan(
-        rank=0,
-        stage=0,
-        tp_rank=0,
-        budget=TierBudget(device_bytes=2**30, host_bytes=2**30, nvme_bytes=2**30),
-        placements=(
-            UnitPlacement(unit="a", tier=Tier.DEVICE, num_bytes=3 * 2**20),
-            UnitPlacement(unit="b", tier=Tier.NVME, num_bytes=2**29),
-        ),
-        ring_bytes=0,
-        device_kv_bytes=2**20,
-        host_kv_bytes=0,
-        workspace_bytes=0,
-    )
-    plan = PartitionPlan(
-        model="/m",
-        architecture="LlamaForCausalLM",
-        dtype="bfloat16",
-        tensor_parallel=1,
-        pipeline_parallel=1,
-        passes_in_flight=1,
-        stages=(StagePlan(index=0, first_layer=0, end_layer=4, shards=(shard,)),),
-        block_size=16,
-        num_device_blocks=1,
-        num_host_blocks=0,
-        max_model_len=128,
-        max_num_seqs=8,
-        max_num_batched_tokens=256,
-        forecast=Forecast(
-            decode_pass_s=0.25,
-            prefill_pass_s=0.5,
-            tokens_per_s=32.0,
-            time_to_first_token_s=0.5,
-            time_per_output_token_s=0.25,
-            binds="disk",
-        ),
-    )
-    console = Console(width=120)
-    with console.capture() as captured:
-        print_plan(plan, console)
-    text = captured.get()
-    row = next(line for line in text.splitlines() if "stage 0.0" in line)
-    cells = [cell.strip() for cell in row.strip("│").split("│")]
-    assert cells == ["stage 0.0", "0-3", "3 MiB", "-", "512 MiB", "1 MiB", "-"]
-    assert "32.0 tokens/s" in text
-    assert "decode pass 250 ms, bound by disk" in text
 
 
 def test_doctor_says_what_binds(tmp_path: Path) -> None:
