@@ -14,7 +14,7 @@ from kvcache.layout import DTYPE_BYTES, KVLayerSpec
 from partition.cost import Load, page_rounded, unit_row
 from partition.profile import ModelProfile, Unit, UnitKind
 from partition.sharding import ParameterSpec
-from partition.tier_choice import ring_bytes
+from partition.tier_choice import RING_DEPTHS, ring_bytes
 
 TENSOR_ALIGNMENT = 64
 """Within a unit each tensor starts at a multiple of this many bytes."""
@@ -188,7 +188,7 @@ class StageTable:
         return tuple(sorted(sizes.items(), reverse=True))
 
     def longest_ring_bytes(self, rank: int) -> int:
-        """The ring that a rank needs if its largest units stream."""
+        """The least ring that a rank needs if its largest units stream."""
         return self._longest_rings[rank]
 
     @cached_property
@@ -196,7 +196,8 @@ class StageTable:
         whole = self.profile.stage_units(0, self.profile.num_layers)
         return [
             ring_bytes(
-                [size for size, count in self.stream_classes(whole, rank) for _ in range(count)]
+                [size for size, count in self.stream_classes(whole, rank) for _ in range(count)],
+                min(RING_DEPTHS),
             )
             for rank in range(self.tensor_parallel)
         ]

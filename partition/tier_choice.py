@@ -4,13 +4,13 @@ units."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
 
 from kvcache.tier import Tier
 from partition.cost import PAGE_BYTES
 
-RING_DEPTH = 2
-"""The least number of streamed units the ring holds at once: the one in use and the next."""
+RING_DEPTHS = (4, 3, 2)
+"""How many of the largest streamed units the ring holds, the first that fits: with the one in use
+and the next alone the disk waits wherever units are unequal."""
 
 TIE_BREAK = 1e-6
 """What keeping every byte on faster tiers may cost in time, as a share of reading the largest
@@ -21,7 +21,7 @@ unit."""
 class TierProblem:
     """One shard's choice. All sizes are page-rounded bytes; capacities are what weights may take.
 
-    ``classes`` are (size, count) of the units that stream from wherever they lie, sizes distinct;
+    ``classes`` are (size, count) of the units that stream from wherever they lie, sizes falling;
     ``embedding`` is the size of the embedding, of which a pass reads rows only (0: none).
     ``staged``: the host holds two buffers for the largest streamed unit on NVMe.
     ``floor_s`` is the time below which fewer streamed bytes gain nothing.
@@ -58,7 +58,7 @@ class TierChoice:
     free_device_bytes: int
 
 
-def ring_bytes(streamed: list[int], depth: int = RING_DEPTH) -> int:
+def ring_bytes(streamed: list[int], depth: int) -> int:
     """The ring for these streamed sizes: its ``depth`` largest, each with a page for alignment."""
     return sum(size + PAGE_BYTES for size in sorted(streamed, reverse=True)[:depth])
 
@@ -67,7 +67,8 @@ def choose_tiers(problem: TierProblem) -> TierChoice | None:
     """The tiers with the least ``max(floor, streamed / link, disk bytes / disk)``; None: nothing
     fits.
 
-    Ties go to the faster tiers. Pinning is optimal because a pass is a cyclic scan: every byte that
+    The ring comes first: it is as deep as `RING_DEPTHS` allows, and what is left pins units. Ties
+    go to the faster tiers. Pinning is optimal because a pass is a cyclic scan: every byte that
     is not resident moves once a pass, whichever it is.
     """
     if min(problem.device_bytes, problem.host_bytes, problem.nvme_bytes) < 0:
@@ -75,14 +76,20 @@ def choose_tiers(problem: TierProblem) -> TierChoice | None:
     counts = tuple(count for _, count in problem.classes)
     if problem.stream_bytes <= problem.device_bytes:
         none = (0,) * len(counts)
-        return _finish(problem, counts, none, none)
+        return _finish(problem, counts, none, none, 0)
+    deepest = (_choose(problem, depth) for depth in RING_DEPTHS)
+    return next((choice for choice in deepest if choice is not None), None)
+
+
+def _choose(problem: TierProblem, depth: int) -> TierChoice | None:
+    """The best choice with a ring of this depth."""
     shrink = 0.0
     for _ in range(4):  # the solver's tolerance may overstep a capacity by a few bytes in a billion
-        solution = _solve(problem, shrink)
+        solution = _solve(problem, depth, shrink)
         if solution is None:
             return None
         resident, on_host, on_nvme = solution
-        choice = _finish(problem, resident, on_host, on_nvme)
+        choice = _finish(problem, resident, on_host, on_nvme, depth)
         if choice is not None:
             return choice
         shrink = max(4 * shrink, 1e-7)
@@ -94,19 +101,19 @@ def _finish(
     resident: tuple[int, ...],
     on_host: tuple[int, ...],
     on_nvme: tuple[int, ...],
+    depth: int,
 ) -> TierChoice | None:
     """Check the counts in exact integers, move units up into what is free, place the embedding."""
     sizes = [size for size, _ in problem.classes]
     on_device, in_host, in_nvme = list(resident), list(on_host), list(on_nvme)
 
     def ring() -> int:
-        return ring_bytes(
-            [
-                s
-                for s, h, n in zip(sizes, in_host, in_nvme, strict=True)
-                for _ in range(min(h + n, 2))
-            ]
-        )
+        streamed = [
+            size
+            for size, h, n in zip(sizes, in_host, in_nvme, strict=True)
+            for _ in range(min(h + n, depth))
+        ]
+        return ring_bytes(streamed, depth)
 
     def total(counts: list[int]) -> int:
         return sum(s * c for s, c in zip(sizes, counts, strict=True))
@@ -155,13 +162,15 @@ def _finish(
 
 
 def _solve(
-    problem: TierProblem, shrink: float
+    problem: TierProblem, depth: int, shrink: float
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """Counts on device, host and NVMe from HiGHS; capacities are lowered by the share ``shrink``.
 
-    Per class: d resident and h on the host (the rest on NVMe), y whether any streams, w whether two
-    do, z whether any is read from NVMe. Then e_d and e_h for the embedding, the ring r, the staging
-    s and the time t. The ring is at least every pair of streamed sizes, so it is the two largest.
+    Per class: d resident and h on the host (the rest on NVMe), z whether any is read from NVMe, and
+    for j up to the ring's depth whether j units or more of this size and above stream. Then e_d and
+    e_h for the embedding, the ring r, the staging s and the time t. With the sizes falling, the sum
+    of the ``depth`` largest streamed ones is that of (size - next size) times how many of the
+    ``depth`` are of this size or above.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -169,13 +178,13 @@ def _solve(
     sizes = [size for size, _ in problem.classes]
     counts = [count for _, count in problem.classes]
     n = len(sizes)
-    d, h, y, w, z = (range(k * n, (k + 1) * n) for k in range(5))
-    e_d, e_h, r, s, t = range(5 * n, 5 * n + 5)
+    d, h, z, *reached = (range(k * n, (k + 1) * n) for k in range(3 + depth))
+    e_d, e_h, r, s, t = range((3 + depth) * n, (3 + depth) * n + 5)
     scale = float(
         max(sizes)
     )  # bytes in units of the largest class, times in those of one of its reads
     size = [s / scale for s in sizes]
-    slot = [(s + PAGE_BYTES) / scale for s in sizes]
+    slot = [*((s + PAGE_BYTES) / scale for s in sizes), 0.0]
     embedding = problem.embedding / scale
     stream = problem.stream_bytes / scale
     rows: list[dict[int, float]] = []
@@ -202,15 +211,16 @@ def _solve(
     at_most({**off_nvme, t: -1.0}, -stream)
     for c in range(n):
         at_most({d[c]: 1.0, h[c]: 1.0}, counts[c])
-        at_most({d[c]: -1.0, y[c]: -counts[c]}, -counts[c])
-        at_most({d[c]: -1.0, w[c]: -(counts[c] - 1)}, 1 - counts[c])
-        at_most({y[c]: slot[c], r: -1.0}, 0.0)
+        above = range(c + 1)
+        num_above = sum(counts[: c + 1])
+        for j, reaches in enumerate(reached):  # streamed <= j unless reached
+            row = {d[i]: -1.0 for i in above}
+            at_most({**row, reaches[c]: j - num_above}, j - num_above)
         if problem.staged:
             at_most({d[c]: -1.0, h[c]: -1.0, z[c]: -counts[c]}, -counts[c])
             at_most({z[c]: 2 * size[c], s: -1.0}, 0.0)
-        at_most({w[c]: 2 * slot[c], r: -1.0}, 0.0)
-    for a, b in combinations(range(n), 2):
-        at_most({y[a]: slot[a], y[b]: slot[b], r: -1.0}, 0.0)
+    steps = {reaches[c]: slot[c] - slot[c + 1] for reaches in reached for c in range(n)}
+    at_most({**steps, r: -1.0}, 0.0)
     num = t + 1
     matrix = np.zeros((len(rows), num))
     for index, row in enumerate(rows):
@@ -218,7 +228,7 @@ def _solve(
             matrix[index, column] = value
     lower_bounds = np.zeros(num)
     lower_bounds[t] = problem.floor_s * problem.disk / scale
-    upper_bounds = np.array([*counts, *counts, *[1.0] * (3 * n), 1.0, 1.0, *[np.inf] * 3])
+    upper_bounds = np.array([*counts, *counts, *[1.0] * ((1 + depth) * n), 1.0, 1.0, *[np.inf] * 3])
     cost = np.zeros(num)
     cost[t] = 1.0
     for c in range(n):
@@ -227,13 +237,13 @@ def _solve(
     result = milp(
         cost,
         constraints=LinearConstraint(matrix, ub=np.array(upper)),
-        integrality=np.array([1] * (5 * n + 2) + [0, 0, 0]),
+        integrality=np.array([1] * ((3 + depth) * n + 2) + [0, 0, 0]),
         bounds=Bounds(lower_bounds, upper_bounds),
         options={"mip_rel_gap": 1e-9, "time_limit": 5.0},
     )
     if result.x is None:
         return None
-    x = [round(float(value)) for value in result.x[: 4 * n]]
+    x = [round(float(value)) for value in result.x[: 2 * n]]
     resident, on_host = tuple(x[:n]), tuple(x[n : 2 * n])
     on_nvme = tuple(c - a - b for c, a, b in zip(counts, resident, on_host, strict=True))
     return resident, on_host, on_nvme

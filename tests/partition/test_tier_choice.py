@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.tier import Tier
-from partition.tier_choice import TierProblem, choose_tiers, ring_bytes
+from partition.tier_choice import RING_DEPTHS, TierProblem, choose_tiers, ring_bytes
 
 PAGE = 4096
 LINK, DISK = 4e6, 1e6
@@ -18,7 +19,13 @@ def time_of(problem: TierProblem, streamed: int, on_disk: int) -> float:
 
 
 def brute_force(problem: TierProblem) -> float | None:
-    """The least time over every assignment of every unit (and the embedding) to every tier."""
+    """The least time over every assignment of every unit (and the embedding) to every tier, with
+    the deepest ring that any fits beside."""
+    by_depth = (brute_force_at(problem, depth) for depth in RING_DEPTHS)
+    return next((seconds for seconds in by_depth if seconds is not None), None)
+
+
+def brute_force_at(problem: TierProblem, depth: int) -> float | None:
     sizes = [size for size, count in problem.classes for _ in range(count)]
     best: float | None = None
     for tiers in product(Tier, repeat=len(sizes) + bool(problem.embedding)):
@@ -27,7 +34,7 @@ def brute_force(problem: TierProblem) -> float | None:
             used[tier] += size
         streamed = [s for s, t in zip(sizes, tiers, strict=False) if t is not Tier.DEVICE]
         on_disk = used[Tier.NVME]
-        used[Tier.DEVICE] += ring_bytes(streamed)
+        used[Tier.DEVICE] += ring_bytes(streamed, depth)
         read = [s for s, t in zip(sizes, tiers, strict=False) if t is Tier.NVME]
         staging = 2 * max(read, default=0) if problem.staged else 0
         if problem.embedding:
@@ -45,7 +52,8 @@ def brute_force(problem: TierProblem) -> float | None:
 @st.composite
 def problems(draw: st.DrawFn) -> TierProblem:
     sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=3, unique=True))
-    classes = tuple((size * PAGE, draw(st.integers(1, 2))) for size in sizes)
+    falling = sorted(sizes, reverse=True)
+    classes = tuple((size * PAGE, draw(st.integers(1, 2))) for size in falling)
     total = sum(size * count for size, count in classes) // PAGE
     room = st.integers(0, total + 10).map(lambda pages: pages * PAGE)
     return TierProblem(
@@ -91,7 +99,7 @@ def test_pins_all_that_fits_beside_the_ring() -> None:
         TierProblem(
             classes=((10 * PAGE, 10),),
             embedding=6 * PAGE,
-            device_bytes=52 * PAGE,  # a ring of 2 x 11 pages and 3 units
+            device_bytes=74 * PAGE,  # a ring of 4 x 11 pages and 3 units
             host_bytes=27 * PAGE,  # 2 units and the embedding
             nvme_bytes=1000 * PAGE,
             floor_s=0.0,
@@ -102,7 +110,7 @@ def test_pins_all_that_fits_beside_the_ring() -> None:
     assert choice is not None
     assert (choice.resident, choice.on_host, choice.on_nvme) == ((3,), (2,), (5,))
     assert choice.embedding is Tier.HOST
-    assert choice.ring_bytes == 22 * PAGE
+    assert choice.ring_bytes == 44 * PAGE
     assert (choice.streamed_bytes, choice.disk_bytes) == (70 * PAGE, 50 * PAGE)
 
 
@@ -111,7 +119,7 @@ def test_pins_the_odd_large_unit_to_keep_the_ring_small() -> None:
         TierProblem(
             classes=((30 * PAGE, 1), (10 * PAGE, 6)),
             embedding=0,
-            device_bytes=62 * PAGE,
+            device_bytes=84 * PAGE,
             host_bytes=0,
             nvme_bytes=1000 * PAGE,
             floor_s=0.0,
@@ -122,3 +130,20 @@ def test_pins_the_odd_large_unit_to_keep_the_ring_small() -> None:
     assert choice is not None
     assert choice.resident == (1, 1)
     assert choice.disk_bytes == 50 * PAGE
+
+
+@pytest.mark.parametrize(("device", "ring"), [(44, 4), (43, 3), (32, 2), (22, 2)])
+def test_the_ring_is_as_deep_as_the_device_has_room_for(device: int, ring: int) -> None:
+    problem = TierProblem(
+        classes=((10 * PAGE, 10),),
+        embedding=0,
+        device_bytes=device * PAGE,
+        host_bytes=0,
+        nvme_bytes=1000 * PAGE,
+        floor_s=0.0,
+        host_link=LINK,
+        disk=DISK,
+    )
+    choice = choose_tiers(problem)
+    assert choice is not None and choice.ring_bytes == ring * 11 * PAGE
+    assert choose_tiers(replace(problem, device_bytes=21 * PAGE)) is None
