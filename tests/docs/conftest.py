@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from newcomer import Newcomer, readme_commands
+from newcomer import ROOT, Newcomer, readme_commands
 
 from giantserve.demo.checkpoint import write_checkpoint
 from giantserve.demo.shape import DemoShape
@@ -35,6 +36,7 @@ TINY = DemoShape(
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
     folder = tmp_path_factory.mktemp("newcomer")
     write_checkpoint(TINY, folder / "my-model", lambda done, total: None)
+    shutil.copytree(ROOT / "examples", folder / "examples")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return Newcomer(folder, str(listener.getsockname()[1]))
 

@@ -47,12 +47,12 @@ class Newcomer:
         return done.stdout
 
 
-def readme_blocks(language: str) -> list[str]:
-    """The fenced blocks of the README in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+def readme_blocks(language: str, document: str = "README.md") -> list[str]:
+    """The fenced blocks of the README, or of another document, in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text(), re.M | re.S)
 
 
-def readme_commands(program: str) -> list[list[str]]:
-    """The command lines of the README that start with ``program``, as words."""
-    lines = "".join(readme_blocks("bash")).splitlines()
+def readme_commands(program: str, document: str = "README.md") -> list[list[str]]:
+    """The command lines there that start with ``program``, as words."""
+    lines = "".join(readme_blocks("bash", document)).splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))[0] == program]

@@ -46,6 +46,18 @@ def test_commands_without_a_server(newcomer: Newcomer, words: list[str]) -> None
     assert says in output
 
 
+PLANNING = [
+    words
+    for words in readme_commands("giantserve", "docs/planning.md")
+    if words not in readme_commands("giantserve")
+]
+
+
+@pytest.mark.parametrize("words", PLANNING, ids=" ".join)
+def test_commands_about_planning(newcomer: Newcomer, words: list[str]) -> None:
+    assert "forecast:" in newcomer.run(words)
+
+
 @pytest.mark.parametrize("words", readme_commands("curl"), ids=lambda w: str(w[1].split("/", 3)[3]))
 def test_curl(server: Newcomer, words: list[str]) -> None:
     output = server.run([*words, "--silent", "--show-error", "--fail"])
@@ -93,7 +105,7 @@ def test_examples(server: Newcomer) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"]
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     links = [
         (document, link)
         for document in documents
