@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import httpx
 
+from deployments.port import held_port
 from deployments.session import in_own_session
 from deployments.tuning import tune
 from giantserve.errors import ConfigError, EngineDeadError, GiantserveError
@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean end, 1 and a line on stderr after an error."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
-        _check_port(arguments.host, arguments.port)
-        options = _key_values(arguments.options)
-        tune()
-        _serve({"model": arguments.model, **options}, arguments)
+        with held_port(arguments.host, arguments.port):
+            options = _key_values(arguments.options)
+            tune()
+            _serve({"model": arguments.model, **options}, arguments)
     except (GiantserveError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -62,20 +62,6 @@ def _key_values(pairs: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"'{pair}' is not key=value")
         options[name] = value
     return options
-
-
-def _check_port(host: str, port: int) -> None:
-    """Find out before anything is loaded. Raises ConfigError."""
-    if not 0 < port < 65536:
-        raise ConfigError(f"port {port} is not between 1 and 65535")
-    try:
-        with socket.create_server((host, port)):
-            return
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {reason}; choose another --port"
-        ) from None
 
 
 def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.metrics import flatten
 from deployments.options import DeploymentOptions, parse_args
 from deployments.placement import gpus_per_shard
+from deployments.port import held_port
 from deployments.tuning import PORT_SETTINGS, SERVE_SETTINGS, tune
 from giantserve.config import EngineConfig
 from giantserve.errors import ConfigError
@@ -126,3 +127,17 @@ def test_a_taken_port_is_one_line_before_anything_loads() -> None:
     assert done.stderr == (
         f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port\n"
     )
+
+
+def test_servers_that_start_together_do_not_share_a_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "deployments", "/no/model", f"--port={port}"]
+    with held_port("127.0.0.1", port):  # nothing listens yet, as while a model loads
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port\n"
+    )
+    with held_port("127.0.0.1", port):
+        pass
