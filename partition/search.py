@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from partition.cluster import ClusterSpec
 from partition.errors import PlanError
 from partition.plan import PartitionPlan
 from partition.plan_queue import PlanQueue
 from partition.profile import ModelProfile
+from partition.scoring import Scoring
 from partition.smallest_budget import budget_refusal
 from partition.workload import Constraints, Objective, Workload
 
@@ -31,7 +34,7 @@ def plan(
     if best is not None:
         return best
     if workload != workload.unlimited:
-        raise _limit_refusal(profile, cluster, workload, constraints, model)
+        return _within_limits(profile, cluster, workload, constraints, model)
     raise budget_refusal(profile, cluster, lambda raised: queue.over(raised).fits())
 
 
@@ -52,41 +55,34 @@ def runners_up(
     return queue.ranked(model, count + 1)[1:]
 
 
-def _limit_refusal(
+def _within_limits(
     profile: ModelProfile,
     cluster: ClusterSpec,
     workload: Workload,
     constraints: Constraints,
     model: str,
-) -> PlanError:
-    """The error to raise when no plan keeps the limits: the best that can be had, and how. Raises
-    BudgetError where nothing fits at all."""
-    alone = Workload(
-        prompt_tokens=workload.prompt_tokens, output_tokens=workload.output_tokens, concurrency=1
-    )
-    best = {
-        "ttft_limit_s": plan(profile, cluster, alone, Objective.MIN_TTFT, constraints, model=model),
-        "tpot_limit_s": plan(profile, cluster, alone, Objective.MIN_TPOT, constraints, model=model),
-    }
-    had = {
-        "ttft_limit_s": best["ttft_limit_s"].forecast.time_to_first_token_s,
-        "tpot_limit_s": best["tpot_limit_s"].forecast.time_per_output_token_s,
-    }
-    missed = [
-        f"{name} is {getattr(workload, name)} s; the best that can be had is {had[name]:.3g} s, "
-        f"with {best[name].reason}"
-        for name in had
-        if getattr(workload, name) is not None
-    ]
-    beyond = [
-        line
-        for name, line in zip(
-            (name for name in had if getattr(workload, name) is not None), missed, strict=True
-        )
-        if had[name] > getattr(workload, name)
-    ]
-    if beyond:
-        return PlanError("no plan keeps the limits: " + "; and ".join(beyond) + "; raise the limit")
-    return PlanError(
-        "no plan keeps both limits: " + "; and ".join(missed) + "; raise one of the limits"
-    )
+) -> PartitionPlan:
+    """The plan with the soonest first token, or the fastest for a sequence alone, where it keeps
+    the limits that the best plans do not.
+
+    Raises PlanError naming the limits, the best that can be had and the plan that has it, and
+    BudgetError where nothing fits at all.
+    """
+    alone = replace(workload.unlimited, concurrency=1)
+    goals = {"ttft_limit_s": Objective.MIN_TTFT, "tpot_limit_s": Objective.MIN_TPOT}
+    missed = []
+    for name, objective in goals.items():
+        best = plan(profile, cluster, alone, objective, constraints, model=model)
+        if Scoring(objective=objective, workload=workload).keeps_limits(best.forecast):
+            return best
+        had = {
+            "ttft_limit_s": best.forecast.time_to_first_token_s,
+            "tpot_limit_s": best.forecast.time_per_output_token_s,
+        }
+        limit = getattr(workload, name)
+        if limit is not None:
+            missed.append(
+                f"{name} is {limit:g} s and the least that can be had {had[name]:.3g} s, with "
+                f"{best.reason}"
+            )
+    raise PlanError(f"no plan keeps the limits; raise them: {'; '.join(missed)}")
