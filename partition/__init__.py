@@ -1,6 +1,7 @@
 """The planner: which shard holds which weights on which tier, and what a pass will cost. Imports no
 torch."""
 
+from partition.advice import Change, RunnerUp, explain_runners_up, what_would_change
 from partition.bandwidths import Bandwidths, GemmRate, RuntimeRates
 from partition.cluster import ClusterSpec, DeviceSpec, NodeLink, NodeSpec
 from partition.errors import BudgetError, PlanError, UnsupportedArchitectureError
@@ -13,6 +14,7 @@ from partition.workload import Constraints, Objective, Workload
 __all__ = [
     "Bandwidths",
     "BudgetError",
+    "Change",
     "ClusterSpec",
     "Constraints",
     "DeviceSpec",
@@ -25,12 +27,15 @@ __all__ = [
     "Objective",
     "PartitionPlan",
     "PlanError",
+    "RunnerUp",
     "RuntimeRates",
     "ShardPlan",
     "StagePlan",
     "UnitPlacement",
     "UnsupportedArchitectureError",
     "Workload",
+    "explain_runners_up",
     "plan",
     "runners_up",
+    "what_would_change",
 ]

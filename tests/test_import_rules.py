@@ -61,6 +61,7 @@ LIGHT = (
     "kvcache.tier",
     "kvcache.tier_blocks",
     "partition",
+    "partition.advice",
     "partition.assembly",
     "partition.bandwidths",
     "partition.cluster",
