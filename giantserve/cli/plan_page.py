@@ -30,6 +30,7 @@ def plan_page(report: PlanReport) -> str:
         _pass(report),
         _forecast(report),
         _runners_up(report),
+        _changes(report),
     )
     template = files("giantserve.cli").joinpath("plan_page.html").read_text(encoding="utf-8")
     return Template(template).substitute(
@@ -167,6 +168,23 @@ def _runners_up(report: PlanReport) -> str:
         return ""
     headings = ("plan", "tokens/s", "per token", "first token", "why it lost")
     return section("Runners-up", "The next best plans.", _table(headings, rows, "words"))
+
+
+def _changes(report: PlanReport) -> str:
+    rows = [
+        (
+            change.what,
+            f"{change.factor:.2f}x",
+            f"{change.plan.forecast.tokens_per_s:.4g}",
+            seconds(change.plan.forecast.time_per_output_token_s),
+            layout(change.plan),
+        )
+        for change in report.changes
+    ]
+    if not rows:
+        return ""
+    headings = ("change", "better", "tokens/s", "per token", "plan")
+    return section("What would change it", "One change at a time.", _table(headings, rows, "words"))
 
 
 def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], style: str = "") -> str:

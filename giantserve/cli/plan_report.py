@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from partition.advice import Change, RunnerUp, explain_runners_up, what_would_change
 from partition.memory_use import MemoryUse, memory_use
 from partition.pass_work import PassWork, pass_work
 from partition.plan import PartitionPlan
 from partition.problem import PlanningProblem
 from partition.timeline import Timeline, timeline
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerUp:
-    """A plan that was not chosen, and why."""
-
-    plan: PartitionPlan
-    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +22,7 @@ class PlanReport:
     work: PassWork
     timeline: Timeline
     runners_up: tuple[RunnerUp, ...]
+    changes: tuple[Change, ...]
 
 
 def plan_report(problem: PlanningProblem) -> PlanReport:
@@ -41,8 +35,16 @@ def plan_report(problem: PlanningProblem) -> PlanReport:
         uses=memory_use(plan, problem.profile),
         work=work,
         timeline=timeline(work),
-        runners_up=tuple(
-            RunnerUp(plan=other, why=_why(plan, other)) for other in problem.runners_up()
+        runners_up=explain_runners_up(
+            plan, problem.runners_up(), problem.cluster, problem.objective
+        ),
+        changes=what_would_change(
+            plan,
+            problem.profile,
+            problem.cluster,
+            problem.workload,
+            problem.objective,
+            problem.constraints,
         ),
     )
 
@@ -53,10 +55,3 @@ def layout(plan: PartitionPlan) -> str:
     passes = f", {plan.passes_in_flight} passes in flight" if plan.pipeline_parallel > 1 else ""
     passes = passes.replace("1 passes", "1 pass")
     return f"TP {plan.tensor_parallel} x PP {plan.pipeline_parallel}{experts}{passes}"
-
-
-def _why(best: PartitionPlan, other: PartitionPlan) -> str:
-    ours, theirs = best.forecast, other.forecast
-    speed = theirs.tokens_per_s / ours.tokens_per_s
-    wait = theirs.time_per_output_token_s / ours.time_per_output_token_s
-    return f"{speed:.2f}x the tokens/s, {wait:.2f}x the time per token: {theirs.binds} binds"

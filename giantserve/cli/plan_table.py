@@ -23,6 +23,8 @@ def print_report(report: PlanReport, console: Console | None = None) -> None:
         console.print(f"forecast: {report.plan.reason}", markup=False, highlight=False)
     if report.runners_up:
         console.print(runners_up_table(report))
+    for change in report.changes:
+        console.print(f"would change it: {change}", markup=False, highlight=False)
 
 
 def plan_table(plan: PartitionPlan) -> Table:

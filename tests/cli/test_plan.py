@@ -107,6 +107,8 @@ def test_the_table_tells_the_plan(model: Path, cluster: Path) -> None:
     assert values["throughput"] == f"{plan.forecast.tokens_per_s:.4g} tokens/s"
     assert values["binds"] == plan.forecast.binds
     assert "forecast: TP 2 x PP 2" in text
+    assert "stage 0 waits for the " in text.split("Runners-up")[1]
+    assert re.search(r"^would change it: 2x as many sequences at once: \d", text, re.M)
 
 
 class Page(HTMLParser):
@@ -165,6 +167,7 @@ def test_the_page_tells_the_plan_and_needs_nothing_else(
     units = {p.unit for shard in plan.shards for p in shard.placements if p.tier is Tier.DEVICE}
     drawn = [word for word in page.words if ": compute " in word]
     assert {word.split(": ")[0] for word in drawn} >= units - {"embedding"}
+    assert {"Runners-up", "What would change it", "2x as many sequences at once"} <= set(page.words)
     assert page.tags.count("svg") == plan.pipeline_parallel
 
 
