@@ -9,7 +9,8 @@ points of a table calibrate, chosen by rule; `CostModel`, `unit_row` and `Link` 
 Operators: the product with the most weights, on one device, at 1, 512 and 4096 tokens (memory,
 arithmetic, arithmetic); the one with the fewest, on 8 devices, at 1 token (launch); the activation
 on one device at 4096 tokens (element-wise). Collectives: for each of the two links, within a node
-and between nodes, the largest group at 1 and at 64 MiB.
+and between nodes, the largest group at 1 and at 64 MiB; for a sum between nodes also the smallest
+group at 64 MiB, which has one rail.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from partition.profile import UnitKind
 ELEMENT_BYTES = 2
 TENSOR_PARALLEL = (1, 2, 4, 8)
 MIB = 1 << 20
+GPU_ROW_TILE = 128
 NO_LINK = Link(bandwidth=1.0, latency_s=0.0)
 
 
@@ -62,7 +64,7 @@ def operators(config: transformers.LlamaConfig) -> dict[str, Operator]:
     return found | {
         "mlp_act": Operator(
             ("mlp_act",),
-            token_bytes=lambda world: 3 * config.intermediate_size * ELEMENT_BYTES / world,
+            token_bytes=lambda world: 5 * config.intermediate_size * ELEMENT_BYTES / world,
         ),
         "attn_rope": Operator(
             ("attn_rope",), token_bytes=lambda world: 2 * rows * ELEMENT_BYTES / world
@@ -123,6 +125,7 @@ class OperatorModel:
             disk_read=memory,
             disk_write=memory,
             gemm=tuple(gemm),
+            row_tile=GPU_ROW_TILE,
             runtime=RuntimeRates(
                 layer_latency_s=launch, pass_latency_s=0.0, elementwise=elementwise
             ),
@@ -194,17 +197,27 @@ def collective_report(title: str, times: Messages, collective: str) -> list[str]
     links: dict[bool, Link] = {}
     used: set[tuple[int, int, int]] = set()
     for within in sorted({workers == per_node for workers, per_node in groups}):
-        widest = max(group for group in groups if (group[0] == group[1]) == within)
+        alike = [group for group in groups if (group[0] == group[1]) == within]
+        widest = max(alike)
         sizes = [key[2] for key in times if key[:2] == widest]
         ends = [nearest(sizes, aim) for aim in (MIB, 64 * MIB)]
         small, large = ((size, times[*widest, size]) for size in ends)
         links[within] = measured_link(small, large, widest[0])
         used |= {(*widest, size) for size in ends}
+        if not within and collective == "all_reduce":  # one device a node: what one rail carries
+            rail = (*min(alike), ends[1])
+            slope = (times[rail] - links[within].latency_s) / ends[1]
+            links[within] = replace(
+                links[within], bandwidth=1 / slope, all_reduce_bandwidth=links[within].bandwidth
+            )
+            used.add(rail)
     errors: dict[tuple[int, int], list[float]] = defaultdict(list)
     for (workers, per_node, size), measured in times.items():
         if (workers, per_node, size) in used:
             continue
         link = links[workers == per_node]
+        if workers != per_node and collective == "all_reduce":
+            link = link.between_nodes(per_node)
         predicted = (
             link.send_s(size) if collective == "send_recv" else link.all_reduce_s(size, workers)
         )

@@ -49,7 +49,8 @@ class Bandwidths:
 
     ``gemm`` is sorted by rows and interpolated between them; ``streamed_gemm`` is the same for
     weights that only pass through the device, where these have no layout of their own (empty: as
-    ``gemm``).
+    ``gemm``). ``row_tile``: products compute whole tiles of so many rows, however few are used
+    (tile quantisation, NVIDIA's matrix multiplication guide).
     """
 
     device_memory: float
@@ -59,6 +60,7 @@ class Bandwidths:
     disk_write: float
     gemm: tuple[GemmRate, ...]
     streamed_gemm: tuple[GemmRate, ...] = ()
+    row_tile: int = 1
     runtime: RuntimeRates = field(default_factory=RuntimeRates)
 
     def __post_init__(self) -> None:
@@ -69,9 +71,14 @@ class Bandwidths:
                 raise PlanError(f"{name} rows are {rows}; give at least one, rising")
 
     def flops_per_s(self, rows: float, *, streamed: bool = False) -> float:
-        """FLOP/s at ``rows`` rows: linear in log(rows) between measured points, constant
-        outside."""
+        """FLOP/s at ``rows`` rows: linear in log(rows) between measured points, constant outside,
+        less what the last tile leaves unused."""
         points = (self.streamed_gemm if streamed else ()) or self.gemm
+        tiles = math.ceil(rows / self.row_tile) * self.row_tile
+        return rows / tiles * self._rate_of(points, rows)
+
+    @staticmethod
+    def _rate_of(points: tuple[GemmRate, ...], rows: float) -> float:
         if rows <= points[0].rows:
             return points[0].flops_per_s
         for low, high in pairwise(points):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partition.errors import PlanError
 
@@ -29,6 +29,12 @@ class Link:
             is_latency = name.endswith("_s")
             if not (value >= 0 if is_latency else value > 0) or not math.isfinite(value):
                 raise PlanError(f"{name} is {value}; it must be a positive, finite number")
+
+    def between_nodes(self, devices_per_node: int) -> Link:
+        """This link for a collective to which every node brings so many devices: each brings its
+        own rail, until what the nodes reach together binds."""
+        rails = devices_per_node * self.bandwidth
+        return replace(self, all_reduce_bandwidth=min(self.all_reduce_bandwidth or math.inf, rails))
 
     def send_s(self, num_bytes: float) -> float:
         """A point-to-point message between stages: latency plus bytes over the link (Hockney,

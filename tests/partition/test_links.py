@@ -44,3 +44,10 @@ def test_an_impossible_bandwidth_is_refused(name: str, value: float) -> None:
 def test_an_impossible_latency_is_refused(name: str, value: float) -> None:
     with pytest.raises(PlanError, match=rf"^{name} is"):
         Link(**({"bandwidth": 1.0, "latency_s": 0.0} | {name: value}))
+
+
+def test_between_nodes_each_device_brings_a_rail_until_the_nodes_bind() -> None:
+    wide = Link(bandwidth=1e9, latency_s=0.0, all_reduce_bandwidth=3e9)
+    seconds = [wide.between_nodes(count).all_reduce_s(6e9, 2) for count in (1, 2, 4)]
+    assert seconds == [6.0, 3.0, 2.0]
+    assert LINK.between_nodes(2).all_reduce_bandwidth == 16e9
