@@ -48,6 +48,8 @@ class DevicePool:
         self.stages: list[StageDevices] = []
         self._numbers: dict[StageDevices, int] = {}
         self._groups: dict[tuple[int, int], tuple[tuple[Group, ...], bool]] = {}
+        self._homes: dict[Group, dict[int, int]] = {}
+        self._numbered: dict[tuple[Sequence, bool], tuple[int, ...]] = {}
         self._made: dict[tuple[Group, tuple[int, ...], Link | None], int] = {}
 
     @cached_property
@@ -135,21 +137,35 @@ class DevicePool:
             for node in self.cluster.nodes
         )
 
+    @cached_property
+    def has_twins(self) -> bool:
+        return len(set(self.twins)) < len(self.twins)
+
     def number(self, sequence: Sequence, in_turn: bool) -> tuple[int, ...]:
         """The number in ``stages`` of what each stage has. Stages that work ``in_turn`` on passes
         of their own use what their node shares at the same time; else one stage works alone."""
-        homes = [Counter(self.classes[index].node for index in group) for group in sequence]
-        everyone: Counter[int] = Counter()
+        if (sequence, in_turn) in self._numbered:
+            return self._numbered[sequence, in_turn]
+        homes = [self._home(group) for group in sequence]
+        everyone = [0] * len(self.cluster.nodes)
         for home in homes:
-            everyone.update(home)
+            for node, count in home.items():
+                everyone[node] += count
         numbers = []
-        for stage, group in enumerate(sequence):
-            users = everyone if in_turn else homes[stage]
+        for stage, (group, home) in enumerate(zip(sequence, homes, strict=True)):
+            users = everyone if in_turn else home
             following = sequence[stage + 1] if stage + 1 < len(sequence) else None
             next_link = self._link(group[-1], following[0]) if following else None
-            shares = tuple(users[node] for node in homes[stage])
+            shares = tuple(users[node] for node in home)
             numbers.append(self._number(group, shares, next_link))
-        return tuple(numbers)
+        self._numbered[sequence, in_turn] = tuple(numbers)
+        return self._numbered[sequence, in_turn]
+
+    def _home(self, group: Group) -> dict[int, int]:
+        """How many of the group's devices are on which node."""
+        if group not in self._homes:
+            self._homes[group] = Counter(self.classes[index].node for index in group)
+        return self._homes[group]
 
     def alone(self, group: Group) -> int:
         """The number of a stage that has these devices, shares them with no other stage and sends

@@ -26,7 +26,7 @@ def stage_orders(pool: DevicePool, tensor_parallel: int, pipeline_parallel: int)
     """All sequences of groups, but for those that differ in the names of equal nodes only; or, if
     they are more than `MAX_SEQUENCES`, the groups in a few orders of their devices."""
     groups, all_groups = pool.groups(tensor_parallel, pipeline_parallel)
-    every = _sequences(pool, groups, pipeline_parallel, Counter())
+    every = _sequences(pool, groups, pipeline_parallel, list(pool.sizes))
     found = tuple(islice(every, MAX_SEQUENCES + 1)) if all_groups else ()
     if all_groups and len(found) <= MAX_SEQUENCES:
         return StageOrders(sequences=found, complete=True)
@@ -34,26 +34,33 @@ def stage_orders(pool: DevicePool, tensor_parallel: int, pipeline_parallel: int)
 
 
 def _sequences(
-    pool: DevicePool, groups: tuple[Group, ...], length: int, used: Counter[int]
+    pool: DevicePool, groups: tuple[Group, ...], length: int, left: list[int]
 ) -> Iterator[Sequence]:
+    """Sequences of the devices that are ``left``, by class."""
     if length == 0:
         yield ()
         return
     for group in groups:
-        taken = used + Counter(group)
-        if any(taken[index] > pool.sizes[index] for index in group):
+        if any(left[index] < group.count(index) for index in group):
             continue
-        if not _first_of_twins(pool, group, used):
+        if not _first_of_twins(pool, group, left):
             continue
-        for rest in _sequences(pool, groups, length - 1, taken):
+        for index in group:
+            left[index] -= 1
+        for rest in _sequences(pool, groups, length - 1, left):
             yield (group, *rest)
+        for index in group:
+            left[index] += 1
 
 
-def _first_of_twins(pool: DevicePool, group: Group, used: Counter[int]) -> bool:
+def _first_of_twins(pool: DevicePool, group: Group, left: list[int]) -> bool:
     """Whether every node that ``group`` is the first to use comes after all its equals in the
     cluster's order that are in use: the others differ in name only."""
+    if not pool.has_twins:
+        return True
     homes = {pool.classes[index].node for index in group}
-    known = homes | {pool.classes[index].node for index, count in used.items() if count}
+    sizes = enumerate(zip(pool.sizes, left, strict=True))
+    known = homes | {pool.classes[index].node for index, (size, rest) in sizes if rest < size}
     return all(
         earlier in known or pool.twins[earlier] != pool.twins[node]
         for node in homes
