@@ -22,8 +22,8 @@ LOGIT_BYTES = 16
 """Memory traffic of a sampled logit: written, widened to fp32, reduced."""
 
 NORM_TRAFFIC = 6
-"""How often a normalised row passes through memory: 3 for the residual sum, 3 for the norm (read for
-the statistics and for the scaling, written)."""
+"""How often a normalised row passes through memory: 3 for the residual sum, 3 for the norm (read
+for the statistics and for the scaling, written)."""
 
 
 def page_rounded(num_bytes: int) -> int:

@@ -4,10 +4,10 @@ stages."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import combinations, islice
 
 from partition.cluster import ClusterSpec, DeviceSpec, NodeSpec, StageDevices
 from partition.links import Link
@@ -180,7 +180,7 @@ class DevicePool:
             shared = {index: self._shared(self.classes[index], users) for index in group}
             held = StageDevices(
                 devices=tuple(shared[index] for index in group),  # equal ones are one object
-                group_link=self._slowest(nodes),
+                group_link=self._group_link(group),
                 next_link=next_link,
             )
             if held not in self._numbers:
@@ -200,11 +200,15 @@ class DevicePool:
     def _link(self, left: int, right: int) -> Link:
         return self.cluster.link(self._node(self.classes[left]), self._node(self.classes[right]))
 
-    def _slowest(self, nodes: Iterable[int]) -> Link:
-        """The link that a collective over devices of these nodes waits for."""
-        specs = [self.cluster.nodes[node] for node in nodes]
-        links = [self.cluster.link(left, right) for left in specs for right in specs]
-        return min(links, key=lambda link: link.bandwidth)
+    def _group_link(self, group: Group) -> Link:
+        """The link that a collective of these devices waits for."""
+        home = self._home(group)
+        specs = [self.cluster.nodes[node] for node in home]
+        links = [self.cluster.link(left, right) for left, right in combinations(specs, 2)]
+        if not links:
+            return specs[0].link
+        slowest = min(links, key=lambda link: link.bandwidth)
+        return slowest.between_nodes(min(home.values()))
 
     def places(self, sequence: Sequence) -> tuple[tuple[tuple[str, str], ...], ...]:
         """(node, device) by stage and rank: which of the equal devices each one is."""
