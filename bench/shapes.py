@@ -28,6 +28,33 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 4096,
     },
+    "llama-0.2gb": {
+        "vocab_size": 8192,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    },
+    "llama-0.5gb": {
+        "vocab_size": 16000,
+        "hidden_size": 1536,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2048,
+    },
+    "llama-0.8gb": {
+        "vocab_size": 8192,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    },
 }
 
 

@@ -62,6 +62,7 @@ def _measure(folder: Path, device: str, dtype: str) -> Calibration:
             disk_write=disk.write,
             gemm=gemm,
             streamed_gemm=streamed_gemm,
+            copies_overlap=device.startswith("cuda"),
             runtime=probe_runtime(device, dtype),
         ),
         link=probe_link(device),

@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from kvcache.arena import ALIGNMENT, Arena
@@ -400,7 +399,10 @@ class WeightManager:
         flight.attempts += 1
         name = flight.layout.name
         if self._tiers[name] is Tier.HOST:
-            self._copies.submit(self._copy, flight, self._host[name])
+            if self._on_cuda:
+                self._copies.submit(self._copy, flight, self._host[name])
+            else:
+                self._copy(flight, self._host[name])
             return
         assert self._store is not None
         target = flight.buffer if flight.staging is None else flight.staging
@@ -427,14 +429,14 @@ class WeightManager:
             self._settle(flight, error)
 
     def _copy(self, flight: _Flight, source: torch.Tensor) -> None:
-        """Copy a unit from host memory into the ring. Runs in the copy thread."""
+        """Copy a unit from host memory into the ring. For a CUDA device it runs in the copy thread;
+        a CPU copies with the cores that compute, which a thread beside them would only delay."""
         link = Link("weights", Tier.HOST, Tier.DEVICE)
         error: BaseException | None = None
         self.transfers.begin(link)
         try:
             if self._copy_stream is None:
-                # One memcpy without the GIL: torch's own copy would take the compute threads.
-                np.copyto(flight.buffer.numpy(), source.numpy())
+                flight.buffer.copy_(source)
             else:
                 with torch.cuda.stream(self._copy_stream):
                     if self._last_release is not None:

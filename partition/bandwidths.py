@@ -50,7 +50,9 @@ class Bandwidths:
     ``gemm`` is sorted by rows and interpolated between them; ``streamed_gemm`` is the same for
     weights that only pass through the device, where these have no layout of their own (empty: as
     ``gemm``). ``row_tile``: products compute whole tiles of so many rows, however few are used
-    (tile quantisation, NVIDIA's matrix multiplication guide).
+    (tile quantisation, NVIDIA's matrix multiplication guide). ``copies_overlap``: what comes from
+    host memory is copied beside compute, as by a GPU's copy engines; a CPU copies with its own
+    cores.
     """
 
     device_memory: float
@@ -61,6 +63,7 @@ class Bandwidths:
     gemm: tuple[GemmRate, ...]
     streamed_gemm: tuple[GemmRate, ...] = ()
     row_tile: int = 1
+    copies_overlap: bool = True
     runtime: RuntimeRates = field(default_factory=RuntimeRates)
 
     def __post_init__(self) -> None:
@@ -126,7 +129,7 @@ def check_rates(rates: Any) -> None:
     latency."""
     for each in fields(rates):
         value = getattr(rates, each.name)
-        if not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         is_latency = each.name.endswith("_s")
         if not (value >= 0 if is_latency else value > 0) or not math.isfinite(value):

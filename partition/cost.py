@@ -130,6 +130,10 @@ class CostModel:
         # row-parallel products end each layer's attention and MLP with an all-reduce (Megatron-LM)
         reduce_s = group_link.all_reduce_s(hidden_bytes, self.tensor_parallel)
         send_s = 0.0 if next_link is None else next_link.send_s(hidden_bytes)
+        link_s = streamed_bytes / rates.host_to_device
+        from_host_s = (streamed_bytes - disk_bytes) / rates.host_to_device
+        if not rates.copies_overlap:  # there is no link: NVMe is read into place
+            link_s = 0.0
         return {
             "device memory": touched / rates.device_memory,
             "compute": products * ((1 - share) / fast + share / slow),
@@ -137,7 +141,8 @@ class CostModel:
             "elementwise": elementwise_s + logits_s,
             "collectives": 2 * load.num_layers * reduce_s + send_s,
             "latency": load.num_layers * runtime.layer_latency_s + runtime.pass_latency_s,
-            "host link": np.asarray(streamed_bytes / rates.host_to_device),
+            "copies": np.asarray(0.0 if rates.copies_overlap else from_host_s),
+            "host link": np.asarray(link_s),
             "disk": np.asarray(disk_bytes / rates.disk_read),
         }
 
@@ -152,8 +157,8 @@ def compute_time(terms: dict[str, Array]) -> Array:
     """Seconds in which the device itself is busy: its products read weights while they compute,
     all else comes one after the other."""
     products = np.maximum(terms["device memory"], terms["compute"])
-    rest = terms["attention"] + terms["elementwise"] + terms["collectives"] + terms["latency"]
-    return np.asarray(products + rest)
+    rest = ("attention", "elementwise", "collectives", "latency", "copies")
+    return np.asarray(products + sum(terms[name] for name in rest))
 
 
 def pass_time(terms: dict[str, Array]) -> Array:

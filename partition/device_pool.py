@@ -50,7 +50,7 @@ class DevicePool:
         self._groups: dict[tuple[int, int], tuple[tuple[Group, ...], bool]] = {}
         self._homes: dict[Group, dict[int, int]] = {}
         self._numbered: dict[tuple[Sequence, bool], tuple[int, ...]] = {}
-        self._made: dict[tuple[Group, tuple[int, ...], Link | None], int] = {}
+        self._made: dict[tuple[Group, tuple[tuple[int, int], ...], Link | None], int] = {}
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -143,7 +143,8 @@ class DevicePool:
 
     def number(self, sequence: Sequence, in_turn: bool) -> tuple[int, ...]:
         """The number in ``stages`` of what each stage has. Stages that work ``in_turn`` on passes
-        of their own use what their node shares at the same time; else one stage works alone."""
+        of their own use what their node shares at the same time; else one stage works alone. Cores
+        are divided for good: a stage's threads do not move to the next."""
         if (sequence, in_turn) in self._numbered:
             return self._numbered[sequence, in_turn]
         homes = [self._home(group) for group in sequence]
@@ -156,7 +157,7 @@ class DevicePool:
             users = everyone if in_turn else home
             following = sequence[stage + 1] if stage + 1 < len(sequence) else None
             next_link = self._link(group[-1], following[0]) if following else None
-            shares = tuple(users[node] for node in home)
+            shares = tuple((users[node], everyone[node]) for node in home)
             numbers.append(self._number(group, shares, next_link))
         self._numbered[sequence, in_turn] = tuple(numbers)
         return self._numbered[sequence, in_turn]
@@ -172,7 +173,9 @@ class DevicePool:
         to none: no use of the group is faster."""
         return self.number((group,), in_turn=False)[0]
 
-    def _number(self, group: Group, shares: tuple[int, ...], next_link: Link | None) -> int:
+    def _number(
+        self, group: Group, shares: tuple[tuple[int, int], ...], next_link: Link | None
+    ) -> int:
         key = (group, shares, next_link)
         if key not in self._made:
             nodes = dict.fromkeys(self.classes[index].node for index in group)
@@ -189,9 +192,11 @@ class DevicePool:
             self._made[key] = self._numbers[held]
         return self._made[key]
 
-    def _shared(self, of: DeviceClass, users: dict[int, int]) -> DeviceSpec:
+    def _shared(self, of: DeviceClass, users: dict[int, tuple[int, int]]) -> DeviceSpec:
+        at_once, ever = users[of.node]
         shared = self._node(of).shared
-        rates = of.device.bandwidths.shared_by(users[of.node], shared)
+        rates = of.device.bandwidths.shared_by(ever, tuple(r for r in shared if r == "compute"))
+        rates = rates.shared_by(at_once, tuple(r for r in shared if r != "compute"))
         return replace(of.device, bandwidths=rates, name="")
 
     def _node(self, of: DeviceClass) -> NodeSpec:

@@ -34,10 +34,8 @@ def make_executor(
 
 
 def shard_specs(config: EngineConfig, plan: PartitionPlan) -> list[ShardSpec]:
-    """One spec a rank: devices dealt in order, CPU cores shared by the ranks that work at the same
-    time."""
+    """One spec a rank: devices dealt in order, CPU cores shared evenly."""
     count = len(plan.shards)
-    at_once = plan.tensor_parallel * plan.passes_in_flight
     on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     cores = len(os.sched_getaffinity(0))
     return [
@@ -46,7 +44,7 @@ def shard_specs(config: EngineConfig, plan: PartitionPlan) -> list[ShardSpec]:
             rank=rank,
             nvme_dir=config.nvme_dir,
             device=f"cuda:{rank}" if on_cuda else "cpu",
-            num_threads=config.threads_per_shard or max(1, cores // at_once),
+            num_threads=config.threads_per_shard or max(1, cores // count),
             trust_remote_code=config.trust_remote_code,
         )
         for rank in range(count)
