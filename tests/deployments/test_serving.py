@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from ray import serve
 from server import API_KEY, CONTEXT, MODEL_NAME, Server, wait_until, write_model
 from zoo import make_prompts, reference
 
-from giantserve.client import Client
+from giantserve.client import Client, RetryPolicy
 from giantserve.errors import EngineDeadError
 
 NUM_TOKENS = 32
@@ -212,10 +213,10 @@ def test_a_disconnect_frees_the_blocks(server: Server, cluster: None, stream: bo
 
     control_tokens, control_aborted, control_s = run(hang_up=False)
     assert LONG <= control_tokens <= LONG + 5 and control_aborted == 0
-    tokens, aborted, freed_s = run(hang_up=True)
-    assert aborted == 1
-    assert tokens < LONG / 2
-    assert freed_s < control_s / 2
+    tokens, aborted, freed_s = zip(*(run(hang_up=True) for _ in range(5)), strict=True)
+    assert aborted == (1,) * 5
+    assert max(tokens) < LONG / 2
+    assert statistics.median(freed_s) < min(1.0, control_s / 2)
 
 
 def _all_free(full: int) -> bool:
@@ -282,18 +283,23 @@ def test_a_killed_shard_fails_its_requests_and_is_replaced(
     refused = server.complete(prompt=[5], max_tokens=1)
     assert refused.status_code == 503
 
-    def healthy() -> bool:
-        return httpx.get(f"{server.root_url}/health", timeout=60).status_code == 200
+    def died() -> bool:
+        return not any(int(actor.pid) in victims for actor in shard_actors())
 
-    wait_until("the replica is replaced", healthy, timeout_s=120)
-
-    def answered() -> bool:
-        # for a moment the proxy may still ask the dead one, which says 503
-        return server.complete(prompt=[5], max_tokens=1).status_code == 200
-
-    wait_until("the proxy asks the new replica", answered, timeout_s=30)
-    answer = server.complete(prompt=PROMPTS[1], max_tokens=NUM_TOKENS, skip_special_tokens=False)
-    assert answer.json()["choices"][0]["text"] == expected[1]
+    wait_until("the gang is given up", died)
+    # for as long as the replacement loads, and the proxy still asks the dead one, the answer is 503
+    patient = RetryPolicy(max_retries=40, max_delay_s=4.0)
+    with Client(server.root_url, api_key=API_KEY, timeout_s=60, retry=patient) as ours:
+        for prompt, text in zip(PROMPTS, expected, strict=True):
+            answer = ours.complete(
+                prompt,
+                temperature=0,
+                max_tokens=NUM_TOKENS,
+                ignore_eos=True,
+                skip_special_tokens=False,
+            )
+            assert answer.text == text
+    assert httpx.get(f"{server.root_url}/health", timeout=60).status_code == 200
     fresh = {int(actor.pid) for actor in shard_actors()}
     assert len(fresh) == 2 and not fresh & set(victims)
 
