@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -13,6 +14,7 @@ from ray.serve.schema import LoggingConfig
 from deployments.options import parse_args
 from deployments.placement import bundles
 from deployments.replica import Replica
+from giantserve.config import EngineConfig
 from giantserve.planning import plan_for
 
 APP_NAME = "giantserve"
@@ -29,7 +31,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     plan exists.
     """
     config, options = parse_args(args)
-    config = replace(config, executor="ray")
+    config = _anywhere(replace(config, executor="ray"))
     plan = plan_for(config)
     logger.info("plan: %s", " ".join(plan.reason.split()))
     config = replace(
@@ -52,3 +54,13 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         logging_config=LoggingConfig(enable_access_log=False),
     )
     return deployment.bind(config, options)  # type: ignore[no-any-return]
+
+
+def _anywhere(config: EngineConfig) -> EngineConfig:
+    """The config with paths that hold in the folder of a replica, too, under the same name."""
+    return replace(
+        config,
+        model=str(Path(config.model).absolute()),
+        served_model_name=config.served_model_name or config.model,
+        nvme_dir=config.nvme_dir and config.nvme_dir.absolute(),
+    )
