@@ -88,6 +88,7 @@ class Engine:
             self.plan.num_host_blocks,
             self.plan.block_size,
             config.enable_prefix_caching,
+            self.plan.num_rotating_host_blocks + self.plan.num_rotating_nvme_blocks,
         )
         self._scheduler = Scheduler(
             SchedulerConfig(

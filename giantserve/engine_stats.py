@@ -44,6 +44,8 @@ class EngineStats:
             "kv": {
                 "device_blocks": pool.num_device_blocks,
                 "device_blocks_free": pool.num_free_device_blocks,
+                "rotating_blocks": pool.num_active_blocks - pool.num_device_blocks,
+                "rotating_blocks_free": pool.num_free_active_blocks - pool.num_free_device_blocks,
                 "host_blocks": pool.num_host_blocks,
                 "host_blocks_free": pool.num_free_host_blocks,
             },

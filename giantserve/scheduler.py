@@ -198,11 +198,11 @@ class Scheduler:
             )
         # the last token is never fed back: it has no KV
         needed = request.max_num_tokens(config.max_model_len) - 1
-        limit = self._pool.num_device_blocks * self._pool.block_size
+        limit = self._pool.num_active_blocks * self._pool.block_size
         if needed > limit:
             raise InvalidRequestError(
-                f"prompt and max_tokens need the KV of {needed} tokens, but the device holds "
-                f"{limit}; shorten the prompt, lower max_tokens or give KV more device memory"
+                f"prompt and max_tokens need the KV of {needed} tokens, but the tiers hold "
+                f"{limit}; shorten the prompt, lower max_tokens or give KV more memory"
             )
 
     def _add_decodes(self, draft: _Draft) -> None:

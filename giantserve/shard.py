@@ -20,9 +20,11 @@ from giantserve.sampling_row import SamplingRow
 from giantserve.shard_spec import ShardSpec
 from giantserve.step import NewSequence, SampledToken, SequenceChunk, StepPlan, StepResult
 from kvcache.arena import Arena
+from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore
 from kvcache.shard_store import ShardStore
 from kvcache.tier import Tier
+from kvcache.transfer_stats import Link, LinkTotals
 from kvcache.weights import UnitLayout, WeightManager
 from partition.meta_model import ATTENTION_NAME, build_meta_model
 from partition.profile import AttentionKind, ModelProfile, Unit, UnitKind
@@ -79,13 +81,32 @@ class Shard:
             num_device_blocks=plan.num_device_blocks,
             num_host_blocks=plan.num_host_blocks,
         )
+        self._rotation = self._make_rotation(spec)
         self._weights = self._load_weights(spec, config, profile, tensor_parallel, progress)
         resident = {p.unit for p in self._shard.placements if p.tier is Tier.DEVICE}
-        self._model.attach(self._weights, self._kv, resident, self.device_arena)
+        self._model.attach(self._weights, self._kv, resident, self.device_arena, self._rotation)
         self._sampler = Sampler()
         self._sequences: dict[int, _Sequence] = {}
         self._busy_s = 0.0
         self._passes = 0
+
+    def _make_rotation(self, spec: ShardSpec) -> KVRotation | None:
+        plan = self._plan
+        if plan.num_active_blocks == plan.num_device_blocks:
+            return None
+        if plan.num_rotating_nvme_blocks and spec.nvme_dir is None:
+            raise ConfigError("the plan keeps KV on NVMe, but no nvme_dir was given")
+        rotation = KVRotation(
+            self._kv,
+            num_host_blocks=plan.num_rotating_host_blocks,
+            num_nvme_blocks=plan.num_rotating_nvme_blocks,
+            num_slots=plan.num_rotation_slots,
+            device_arena=self.device_arena,
+            host_arena=self.host_arena,
+            folder=None if spec.nvme_dir is None else spec.nvme_dir / "kv",
+        )
+        self._kv.extend(rotation)
+        return rotation
 
     def _load_weights(
         self,
@@ -297,11 +318,17 @@ class Shard:
                     "busy_s": totals.busy_s,
                     "gb_per_s": totals.num_bytes / totals.busy_s / 1e9 if totals.busy_s else 0.0,
                 }
-                for link, totals in self._weights.transfers.snapshot().items()
+                for link, totals in self._link_totals().items()
             ],
             "stall_s": self._weights.transfers.stall_s,
         }
 
+    def _link_totals(self) -> dict[Link, LinkTotals]:
+        rotated = {} if self._rotation is None else self._rotation.transfers.snapshot()
+        return {**self._weights.transfers.snapshot(), **rotated}
+
     def close(self) -> None:
         """Stop the prefetch and close the files. Idempotent."""
         self._weights.close()
+        if self._rotation is not None:
+            self._rotation.close()

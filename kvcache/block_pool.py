@@ -1,4 +1,4 @@
-"""KV block bookkeeping over the device and host tiers. Moves no bytes: it orders copies."""
+"""KV block bookkeeping over the tiers. Moves no bytes: it orders copies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class BlockPool:
 
     Freed content stays on the device until its block is needed; then it is demoted to the host
     (over the host's own least recently used content), and lost only where every host block is held.
-    Not thread-safe.
+    Ids past the last device block name *rotating* blocks: they lie on the host or on NVMe and come
+    to the device while they are attended to. In all else they are device blocks, dealt out when no
+    blank one is left. Not thread-safe.
     """
 
     def __init__(
@@ -35,20 +37,24 @@ class BlockPool:
         num_host_blocks: int,
         block_size: int,
         enable_prefix_caching: bool = True,
+        num_rotating_blocks: int = 0,
     ) -> None:
-        if num_device_blocks < 1 or num_host_blocks < 0 or block_size < 1:
+        if num_device_blocks < 1 or min(num_host_blocks, num_rotating_blocks) < 0 or block_size < 1:
             raise ValueError(
-                f"a pool of {num_device_blocks} device and {num_host_blocks} host blocks of "
-                f"{block_size} tokens cannot be; give at least 1, 0 and 1"
+                f"a pool of {num_device_blocks} device, {num_host_blocks} host and "
+                f"{num_rotating_blocks} rotating blocks of {block_size} tokens cannot be; give at "
+                "least 1, 0, 0 and 1"
             )
+        self.num_device_blocks = num_device_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._device = TierBlocks(num_device_blocks)
+        self._device = TierBlocks(num_device_blocks + num_rotating_blocks, num_device_blocks)
         self._host = TierBlocks(num_host_blocks)
         self._copies: list[BlockCopy] = []
 
     @property
-    def num_device_blocks(self) -> int:
+    def num_active_blocks(self) -> int:
+        """Blocks for running sequences: those on the device and the rotating ones."""
         return self._device.num_blocks
 
     @property
@@ -58,6 +64,11 @@ class BlockPool:
     @property
     def num_free_device_blocks(self) -> int:
         """Device blocks that no sequence holds, those with reusable content included."""
+        return self._device.num_free_preferred
+
+    @property
+    def num_free_active_blocks(self) -> int:
+        """The same of device and rotating blocks together."""
         return self._device.num_free
 
     @property

@@ -6,11 +6,23 @@ between tiers is one copy. Each layer sees its keys and values as strided views.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from kvcache.arena import Arena
-from kvcache.layout import KVLayout
+from kvcache.layout import KVLayout, LayerPiece
 from kvcache.tier import Tier
+
+KVViews = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer."""
+
+
+class WholeBlocks(Protocol):
+    """Blocks that lie elsewhere (kvcache.kv_rotation.KVRotation)."""
+
+    def save(self, block: int, row: torch.Tensor) -> None: ...
+    def restore(self, row: torch.Tensor, block: int) -> None: ...
 
 
 class KVStore:
@@ -29,51 +41,74 @@ class KVStore:
         num_host_blocks: int,
     ) -> None:
         self.layout = layout
-        self._dtype = getattr(torch, layout.dtype)
         self._blocks = {
-            Tier.DEVICE: self._allocate(device_arena, num_device_blocks),
-            Tier.HOST: self._allocate(host_arena, num_host_blocks),
+            Tier.DEVICE: self.allocate(device_arena, num_device_blocks),
+            Tier.HOST: self.allocate(host_arena, num_host_blocks),
         }
-        self._views = self._layer_views(self._blocks[Tier.DEVICE])
+        self._views = {
+            spec.layer: layer_views(self.device_rows, layout.piece(index), layout, index)
+            for index, spec in enumerate(layout.layers)
+        }
+        self._rotation: WholeBlocks | None = None
         self.bytes_copied = {(Tier.DEVICE, Tier.HOST): 0, (Tier.HOST, Tier.DEVICE): 0}
 
-    def _allocate(self, arena: Arena, num_blocks: int) -> torch.Tensor:
-        flat = arena.allocate(num_blocks * self.layout.block_bytes)
+    def allocate(self, arena: Arena, num_blocks: int) -> torch.Tensor:
+        """Memory for whole blocks, [num_blocks, block_bytes] uint8. Raises TierFullError."""
         size = self.layout.block_bytes
-        return flat[: num_blocks * size].view(num_blocks, size)
+        return arena.allocate(num_blocks * size)[: num_blocks * size].view(num_blocks, size)
 
-    def _layer_views(self, blocks: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        elements = blocks.view(self._dtype)
-        size, offset = self.layout.block_size, 0
-        for spec in self.layout.layers:
-            pair = []
-            for heads, dim in ((spec.key_heads, spec.key_dim), (spec.value_heads, spec.value_dim)):
-                extent = size * heads * dim
-                part = elements[:, offset : offset + extent]
-                pair.append(part.view(-1, size, heads, dim))
-                offset += extent
-            views[spec.layer] = (pair[0], pair[1])
-        return views
+    @property
+    def num_device_blocks(self) -> int:
+        return self._blocks[Tier.DEVICE].shape[0]
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def device_rows(self) -> torch.Tensor:
+        """The device's blocks, [num_device_blocks, block_bytes] uint8."""
+        return self._blocks[Tier.DEVICE]
+
+    def layer(self, layer: int) -> KVViews:
         """The key and value views of ``layer`` over all device blocks."""
         return self._views[layer]
 
-    def write(
-        self,
-        layer: int,
-        key_THD: torch.Tensor,
-        value_THD: torch.Tensor,
-        block_ids: torch.Tensor,
-        offsets: torch.Tensor,
-    ) -> None:
-        """Store one token's keys and values at each (block, offset)."""
-        keys, values = self._views[layer]
-        keys.index_put_((block_ids, offsets), key_THD)
-        values.index_put_((block_ids, offsets), value_THD)
+    def extend(self, rotation: WholeBlocks) -> None:
+        """Block ids past the device's last are ``rotation``'s from now on."""
+        self._rotation = rotation
 
     def copy(self, source: Tier, source_id: int, target: Tier, target_id: int) -> None:
         """Copy one block between tiers; in order with what the device computes."""
-        self._blocks[target][target_id].copy_(self._blocks[source][source_id])
+        if source is Tier.DEVICE and source_id >= self.num_device_blocks:
+            assert self._rotation is not None
+            self._rotation.save(source_id, self._blocks[target][target_id])
+        elif target is Tier.DEVICE and target_id >= self.num_device_blocks:
+            assert self._rotation is not None
+            self._rotation.restore(self._blocks[source][source_id], target_id)
+        else:
+            self._blocks[target][target_id].copy_(self._blocks[source][source_id])
         self.bytes_copied[source, target] += self.layout.block_bytes
+
+
+def layer_views(
+    rows: torch.Tensor, piece: LayerPiece, layout: KVLayout, index: int, at: int | None = None
+) -> KVViews:
+    """Keys and values of the ``index``-th layer in ``rows`` [N, bytes], where ``piece`` lies at its
+    offset, or ``at`` another: [N, block_size, heads, dim] each."""
+    spec = layout.layers[index]
+    dtype = getattr(torch, layout.dtype)
+    start = piece.offset if at is None else at
+    middle, stop = start + piece.key_bytes, start + piece.num_bytes
+    size = layout.block_size
+    keys = rows[:, start:middle].view(dtype).view(-1, size, spec.key_heads, spec.key_dim)
+    values = rows[:, middle:stop].view(dtype).view(-1, size, spec.value_heads, spec.value_dim)
+    return keys, values
+
+
+def write_tokens(
+    views: KVViews,
+    key_THD: torch.Tensor,
+    value_THD: torch.Tensor,
+    block_ids: torch.Tensor,
+    offsets: torch.Tensor,
+) -> None:
+    """Store one token's keys and values at each (block, offset)."""
+    views[0].index_put_((block_ids, offsets), key_THD)
+    views[1].index_put_((block_ids, offsets), value_THD)

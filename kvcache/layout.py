@@ -24,6 +24,20 @@ class KVLayerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPiece:
+    """One layer's part of a block: its keys from byte ``offset`` on, its values right after
+    them."""
+
+    offset: int
+    key_bytes: int
+    value_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.key_bytes + self.value_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
     """The layout of one block of one stage, as one shard holds it (heads already dealt to the
     shard)."""
@@ -39,3 +53,14 @@ class KVLayout:
     @property
     def block_bytes(self) -> int:
         return self.block_size * self.bytes_per_token
+
+    def piece(self, layer: int) -> LayerPiece:
+        """Where the part of the stage's ``layer``-th layer lies in a block."""
+        element = DTYPE_BYTES[self.dtype] * self.block_size
+        sizes = [element * spec.elements_per_token for spec in self.layers]
+        spec = self.layers[layer]
+        return LayerPiece(
+            offset=sum(sizes[:layer]),
+            key_bytes=element * spec.key_heads * spec.key_dim,
+            value_bytes=element * spec.value_heads * spec.value_dim,
+        )

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +19,9 @@ from pathlib import Path
 import torch
 
 from kvcache.arena import ALIGNMENT
-from kvcache.errors import CorruptUnitError, StorageError, StoreError
-from kvcache.storage import BACKENDS, DirectFile, StorageBackend
+from kvcache.errors import CorruptUnitError, StoreError
+from kvcache.private_folder import make_private
+from kvcache.storage import BACKENDS, DirectFile, StorageBackend, reserve
 
 STORE_VERSION = 1
 
@@ -54,7 +54,7 @@ class ShardStore:
         """
         if backend not in BACKENDS:
             raise ValueError(f"storage backend {backend!r} is not one of {sorted(BACKENDS)}")
-        _make_private(folder)
+        make_private(folder)
         stem = (
             re.sub(r"[^\w.-]+", "_", key)[:80] + "-" + hashlib.sha256(key.encode()).hexdigest()[:8]
         )
@@ -199,7 +199,7 @@ class ShardStore:
         buffer: torch.Tensor | None = None
         file = self.backend.open(self._partial, writable=True)
         try:
-            _reserve(file, total)
+            reserve(file, total)
             with open(self._journal, "a", opener=_private) as journal:
                 if not done:
                     journal.write(json.dumps({"version": STORE_VERSION, "key": self.key}) + "\n")
@@ -279,40 +279,3 @@ def _checksum(buffer: torch.Tensor, start: int = 0) -> int:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
-
-
-def _reserve(file: DirectFile, num_bytes: int) -> None:
-    """Claim the disk space now, so that a full disk is an error at the start and not after
-    minutes."""
-    if num_bytes == 0:
-        return
-    try:
-        os.posix_fallocate(file.descriptor, 0, num_bytes)
-        os.ftruncate(file.descriptor, num_bytes)
-    except OSError as error:
-        raise StorageError(
-            str(file.path),
-            0,
-            f"cannot reserve {num_bytes} bytes: {error.strerror}; free space or give "
-            "another nvme_dir",
-        ) from error
-
-
-def _make_private(folder: Path) -> None:
-    """Create ``folder`` with mode 0700, or raise StoreError if others own it or may enter it."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except OSError as error:
-        raise StoreError(
-            f"{folder} cannot be made: {error.strerror}; give an nvme_dir you can write to"
-        ) from error
-    if status.st_uid != os.geteuid():
-        raise StoreError(f"{folder} belongs to another user; give an nvme_dir of your own")
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        raise StoreError(
-            f"{folder} is open to other users (mode {stat.S_IMODE(status.st_mode):o}); "
-            f"run: chmod 700 {folder}"
-        )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise StoreError(f"{folder} is not writable; run: chmod 700 {folder}")

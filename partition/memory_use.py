@@ -9,7 +9,15 @@ from kvcache.tier import Tier
 from partition.plan import PartitionPlan, ShardPlan
 from partition.profile import ModelProfile, UnitKind
 
-KINDS = (*(kind.value for kind in UnitKind), "KV", "ring", "workspace", "staging", "free")
+KINDS = (
+    *(kind.value for kind in UnitKind),
+    "KV",
+    "ring",
+    "rotation",
+    "workspace",
+    "staging",
+    "free",
+)
 """The parts a budget is dealt into, in the order in which they are shown. The first are kinds of
 weights."""
 
@@ -55,10 +63,13 @@ def _use(shard: ShardPlan, tier: Tier, kinds: dict[str, str]) -> MemoryUse:
     if tier is Tier.DEVICE:
         found["KV"] = shard.device_kv_bytes
         found["ring"] = shard.ring_bytes
+        found["rotation"] = shard.rotation_bytes
         found["workspace"] = shard.workspace_bytes
     if tier is Tier.HOST:
         found["KV"] = shard.host_kv_bytes
         found["staging"] = shard.staging_bytes
+    if tier is Tier.NVME:
+        found["KV"] = shard.nvme_kv_bytes
     budget = shard.budget.of(tier)
     found["free"] = budget - shard.used_bytes(tier)
     parts = {kind: num_bytes for kind, num_bytes in found.items() if num_bytes}

@@ -9,7 +9,7 @@ from kvcache.tier import Tier, TierBudget
 from partition.codec import decode, encode
 from partition.errors import PlanError
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,9 @@ class ShardPlan:
     """One rank: its stage, its place in the tensor-parallel group, and where its units lie.
 
     ``ring_bytes`` of the device budget are buffers through which non-resident units pass.
-    ``device_kv_bytes`` and ``host_kv_bytes`` hold the KV blocks of those tiers.
+    ``device_kv_bytes``, ``host_kv_bytes`` and ``nvme_kv_bytes`` hold the KV blocks of those tiers;
+    ``rotation_bytes`` of the device budget are the buffers through which blocks that lie elsewhere
+    come to be attended to.
     ``workspace_bytes`` of the device budget are kept free for activations, ``staging_bytes`` of the
     host budget are the buffers through which NVMe units reach a device that cannot be read into.
     ``node`` and ``device`` are the cluster's names of where it runs.
@@ -42,6 +44,8 @@ class ShardPlan:
     host_kv_bytes: int
     workspace_bytes: int
     staging_bytes: int = 0
+    nvme_kv_bytes: int = 0
+    rotation_bytes: int = 0
     node: str = ""
     device: str = ""
 
@@ -52,9 +56,12 @@ class ShardPlan:
     def used_bytes(self, tier: Tier) -> int:
         """Bytes of the tier's budget that are spoken for: weights, KV, ring and workspace."""
         other = {
-            Tier.DEVICE: self.ring_bytes + self.device_kv_bytes + self.workspace_bytes,
+            Tier.DEVICE: self.ring_bytes
+            + self.device_kv_bytes
+            + self.rotation_bytes
+            + self.workspace_bytes,
             Tier.HOST: self.host_kv_bytes + self.staging_bytes,
-            Tier.NVME: 0,
+            Tier.NVME: self.nvme_kv_bytes,
         }
         return self.weight_bytes(tier) + other[tier]
 
@@ -97,6 +104,9 @@ class Forecast:
 class PartitionPlan:
     """How one replica runs. All shards hold the same number of KV blocks on each tier.
 
+    Running sequences hold ``num_device_blocks`` and the rotating blocks, which lie on host and NVMe
+    and come to the device while they are attended to, through buffers of ``num_rotation_slots``
+    pieces of a layer; ``num_host_blocks`` hold what was demoted.
     ``expert_parallel``: the ranks of a stage deal out whole experts, instead of cutting each.
     """
 
@@ -116,7 +126,17 @@ class PartitionPlan:
     forecast: Forecast
     reason: str = ""
     expert_parallel: bool = False
+    num_rotating_host_blocks: int = 0
+    num_rotating_nvme_blocks: int = 0
+    num_rotation_slots: int = 0
     version: int = PLAN_VERSION
+
+    @property
+    def num_active_blocks(self) -> int:
+        """KV blocks for running sequences, wherever they lie."""
+        return (
+            self.num_device_blocks + self.num_rotating_host_blocks + self.num_rotating_nvme_blocks
+        )
 
     @property
     def shards(self) -> tuple[ShardPlan, ...]:
@@ -174,13 +194,21 @@ class PartitionPlan:
                 f"passes_in_flight is {self.passes_in_flight}, but the {self.pipeline_parallel} "
                 "stages of pipeline_parallel serve one pass each; lower passes_in_flight"
             )
-        if self.num_host_blocks < 0:
-            raise PlanError(f"num_host_blocks is {self.num_host_blocks}; it must be 0 or more")
-        if self.max_model_len > self.num_device_blocks * self.block_size:
+        for name in ("num_host_blocks", "num_rotating_host_blocks", "num_rotating_nvme_blocks"):
+            if getattr(self, name) < 0:
+                raise PlanError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.max_model_len > self.num_active_blocks * self.block_size:
             raise PlanError(
-                f"max_model_len is {self.max_model_len}, but {self.num_device_blocks} device "
-                f"blocks hold {self.num_device_blocks * self.block_size} tokens"
+                f"max_model_len is {self.max_model_len}, but the {self.num_active_blocks} blocks "
+                f"for running sequences hold {self.num_active_blocks * self.block_size} tokens"
             )
+        if self.num_active_blocks > self.num_device_blocks:
+            longest = -(-self.max_model_len // self.block_size)
+            if self.num_rotation_slots < longest:
+                raise PlanError(
+                    f"num_rotation_slots is {self.num_rotation_slots}, but a sequence of "
+                    f"max_model_len has {longest} blocks, which rotate together"
+                )
 
     def to_json(self) -> str:
         """The plan as JSON, readable by `from_json` of the same version."""

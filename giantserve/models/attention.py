@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from giantserve.models.batch import DecodeGroup, PassBatch
+from giantserve.models.pass_kv import PassKV
 from giantserve.models.varlen import attend_batch, can_attend
-from kvcache.kv_store import KVStore
+from kvcache.kv_store import KVViews, write_tokens
 from partition.meta_model import LocalMask
 
 
@@ -39,12 +40,11 @@ class PagedAttention:
     """The attention function of one shard's model: appends the pass's KV to the blocks, then
     attends.
 
-    One object per shard, bound to its model; ``batch`` is set before every pass.
+    One object per shard, bound to its model; ``kv`` is set before every pass.
     """
 
-    def __init__(self, kv: KVStore) -> None:
-        self._kv = kv
-        self.batch: PassBatch | None = None
+    def __init__(self) -> None:
+        self.kv: PassKV | None = None
 
     def __call__(
         self,
@@ -59,8 +59,8 @@ class PagedAttention:
         s_aux: torch.Tensor | None = None,
         **ignored: Any,
     ) -> tuple[torch.Tensor, None]:
-        batch = self.batch
-        assert batch is not None
+        assert self.kv is not None
+        batch = self.kv.batch
         layer: int = module.layer_idx  # type: ignore[assignment]
         options = AttentionOptions(
             scaling=query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -73,33 +73,17 @@ class PagedAttention:
         if batch.gathered:
             self._attend_gathered(query_THD, key_1KTD[0], value_1KTD[0], options, out_THD)
             return out_THD.unsqueeze(0), None
-        self._kv.write(
-            layer,
-            key_1KTD[0].transpose(0, 1),
-            value_1KTD[0].transpose(0, 1),
-            batch.block_ids,
-            batch.offsets,
-        )
-        keys, values = self._kv.layer(layer)
-        if can_attend(query_THD, values, options):
-            return attend_batch(query_THD, keys, values, batch, options).unsqueeze(0), None
-        for group in batch.decodes:
-            out_THD[group.rows] = attend_decodes(
-                query_THD[group.rows], keys, values, group, options
-            )
-        for chunk in batch.prompts:
-            rows = slice(chunk.row, chunk.row + chunk.length)
-            first = _first_visible(chunk.start, options.window) // batch.block_size
-            table = chunk.table[first:]
-            skipped = first * batch.block_size
-            length = chunk.start + chunk.length - skipped
-            out_THD[rows] = attend(
-                query_THD[rows].transpose(0, 1),
-                gather(keys, table, length),
-                gather(values, table, length),
-                options,
-                query_start=chunk.start - skipped,
-            ).transpose(0, 1)
+        key_THD, value_THD = key_1KTD[0].transpose(0, 1), value_1KTD[0].transpose(0, 1)
+        for part, views in self.kv.parts(layer):
+            where = part.batch.block_ids, part.batch.offsets
+            write_tokens(views, part.of(key_THD), part.of(value_THD), *where)
+            if part.rows is None:
+                _attend_part(query_THD, views, part.batch, options, out_THD)
+            else:
+                query = query_THD[part.rows]
+                out = out_THD.new_empty(query.shape[0], *out_THD.shape[1:])
+                _attend_part(query, views, part.batch, options, out)
+                out_THD[part.rows] = out
         return out_THD.unsqueeze(0), None
 
     def _attend_gathered(
@@ -112,9 +96,9 @@ class PagedAttention:
     ) -> None:
         """Attend where keys and values of all sequences' whole contexts come one after the
         other."""
-        assert self.batch is not None
+        assert self.kv is not None
         begin = 0
-        for chunk in self.batch.all_chunks():
+        for chunk in self.kv.batch.all_chunks():
             end = begin + chunk.start + chunk.length
             rows = slice(chunk.row, chunk.row + chunk.length)
             out_THD[rows] = attend(
@@ -125,6 +109,35 @@ class PagedAttention:
                 query_start=chunk.start,
             ).transpose(0, 1)
             begin = end
+
+
+def _attend_part(
+    query_THD: torch.Tensor,
+    views: KVViews,
+    batch: PassBatch,
+    options: AttentionOptions,
+    out_THD: torch.Tensor,
+) -> None:
+    """Attention of all of ``batch``'s rows, into ``out_THD``."""
+    keys, values = views
+    if can_attend(query_THD, values, options):
+        out_THD.copy_(attend_batch(query_THD, keys, values, batch, options))
+        return
+    for group in batch.decodes:
+        out_THD[group.rows] = attend_decodes(query_THD[group.rows], keys, values, group, options)
+    for chunk in batch.prompts:
+        rows = slice(chunk.row, chunk.row + chunk.length)
+        first = _first_visible(chunk.start, options.window) // batch.block_size
+        table = chunk.table[first:]
+        skipped = first * batch.block_size
+        length = chunk.start + chunk.length - skipped
+        out_THD[rows] = attend(
+            query_THD[rows].transpose(0, 1),
+            gather(keys, table, length),
+            gather(values, table, length),
+            options,
+            query_start=chunk.start - skipped,
+        ).transpose(0, 1)
 
 
 def gather(blocks_NSKD: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from giantserve.models.attention import gather
-from giantserve.models.batch import PassBatch
-from kvcache.kv_store import KVStore
+from giantserve.models.pass_kv import PassKV
+from kvcache.kv_store import write_tokens
 
 
 class PassThroughCache(Cache):  # type: ignore[misc]
@@ -43,10 +43,9 @@ class GatheringCache(PassThroughCache):
     themselves, one sequence a call. Tensors are [1, heads, tokens, dim].
     """
 
-    def __init__(self, kv: KVStore, batch: PassBatch) -> None:
+    def __init__(self, kv: PassKV) -> None:
         super().__init__()
         self._kv = kv
-        self._batch = batch
 
     def update(
         self,
@@ -56,26 +55,19 @@ class GatheringCache(PassThroughCache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = self._batch
-        self._kv.write(
-            layer_idx,
-            key_states[0].transpose(0, 1),
-            value_states[0].transpose(0, 1),
-            batch.block_ids,
-            batch.offsets,
-        )
-        contexts = [
-            torch.cat(
-                [
-                    gather(blocks, chunk.table, chunk.start + chunk.length)
-                    for chunk in batch.all_chunks()
-                ],
-                dim=1,
-            ).unsqueeze(0)
-            for blocks in self._kv.layer(layer_idx)
-        ]
-        return contexts[0], contexts[1]
+        key_THD, value_THD = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        contexts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for part, views in self._kv.parts(layer_idx):
+            where = part.batch.block_ids, part.batch.offsets
+            write_tokens(views, part.of(key_THD), part.of(value_THD), *where)
+            for chunk in part.batch.all_chunks():
+                length = chunk.start + chunk.length
+                keys, values = (gather(blocks, chunk.table, length) for blocks in views)
+                contexts[part.first_row(chunk.row)] = keys, values
+        in_order = [contexts[row] for row in sorted(contexts)]
+        keys, values = (torch.cat(tensors, dim=1) for tensors in zip(*in_order, strict=True))
+        return keys.unsqueeze(0), values.unsqueeze(0)
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        chunks = self._batch.all_chunks()
+        chunks = self._kv.batch.all_chunks()
         return chunks[0].start if len(chunks) == 1 else 0

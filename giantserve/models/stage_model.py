@@ -16,13 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from giantserve.models.attention import PagedAttention
-from giantserve.models.batch import ChunkSpec, PassBatch, build_batch
+from giantserve.models.batch import ChunkSpec, PassBatch
 from giantserve.models.caches import GatheringCache, PassThroughCache
 from giantserve.models.collectives import TensorParallel
 from giantserve.models.linear import can_pack, pack
+from giantserve.models.pass_kv import PassKV
 from giantserve.models.patching import replace_forward
 from giantserve.models.tensor_parallel import parallelise
 from kvcache.arena import Arena
+from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore
 from partition.meta_model import ATTENTION_NAME, bind_attention, build_meta_model, find_layers
 from partition.profile import AttentionKind, ModelProfile, Unit, UnitKind
@@ -81,6 +83,7 @@ class StageModel:
         self._injected: torch.Tensor | None = None
         self._attention: PagedAttention | None = None
         self._kv: KVStore | None = None
+        self._rotation: KVRotation | None = None
         self._weights: Weights | None = None
 
     # Preparing
@@ -105,12 +108,18 @@ class StageModel:
         return run
 
     def attach(
-        self, weights: Weights, kv: KVStore, resident: set[str], device_arena: Arena
+        self,
+        weights: Weights,
+        kv: KVStore,
+        resident: set[str],
+        device_arena: Arena,
+        rotation: KVRotation | None = None,
     ) -> None:
         """Connect the stage to its bytes. ``resident`` units stay on the device: they are bound
-        once, and packed for the CPU where it has a layout of its own."""
-        self._weights, self._kv = weights, kv
-        self._attention = PagedAttention(kv)
+        once, and packed for the CPU where it has a layout of its own. ``rotation`` holds the blocks
+        beyond those of ``kv``."""
+        self._weights, self._kv, self._rotation = weights, kv, rotation
+        self._attention = PagedAttention()
         bind_attention(self.model, self._attention)
         for unit in self.units:
             if unit.kind is UnitKind.EMBEDDING:
@@ -218,36 +227,39 @@ class StageModel:
         if self._generic:
             return self._forward_one_by_one(inputs, specs, block_size, logit_rows)
         latent = self.profile.attention is AttentionKind.LATENT
-        batch = build_batch(specs, block_size, self._device, gathered=latent)
-        assert self._kv is not None and self._attention is not None
-        self._attention.batch = batch
-        cache = GatheringCache(self._kv, batch) if latent else PassThroughCache()
-        try:
-            return self._run(inputs, batch, cache, logit_rows, attention_mask=None)
-        finally:
-            self._attention.batch = None
-            self._leave()
+        assert self._attention is not None
+        with self._pass_kv(specs, block_size, gathered=latent) as kv:
+            self._attention.kv = kv
+            cache = GatheringCache(kv) if latent else PassThroughCache()
+            try:
+                return self._run(inputs, kv.batch, cache, logit_rows, attention_mask=None)
+            finally:
+                self._attention.kv = None
+                self._leave()
+
+    def _pass_kv(self, specs: list[ChunkSpec], block_size: int, *, gathered: bool) -> PassKV:
+        assert self._kv is not None
+        return PassKV(self._kv, self._rotation, specs, block_size, self._device, gathered=gathered)
 
     def _forward_one_by_one(
         self, inputs: torch.Tensor, specs: list[ChunkSpec], block_size: int, logit_rows: list[int]
     ) -> torch.Tensor:
         """For models with an attention of their own: each sequence by itself, with a dense mask."""
-        assert self._kv is not None
         outputs = []
         row = 0
         for spec in specs:
             rows = [r - row for r in logit_rows if row <= r < row + spec.length]
-            batch = build_batch([spec], block_size, self._device, gathered=True)
             mask = torch.ones(1, spec.start + spec.length, dtype=torch.long, device=self._device)
-            outputs.append(
-                self._run(
-                    inputs[row : row + spec.length],
-                    batch,
-                    GatheringCache(self._kv, batch),
-                    rows,
-                    attention_mask=mask,
+            with self._pass_kv([spec], block_size, gathered=True) as kv:
+                outputs.append(
+                    self._run(
+                        inputs[row : row + spec.length],
+                        kv.batch,
+                        GatheringCache(kv),
+                        rows,
+                        attention_mask=mask,
+                    )
                 )
-            )
             self._leave()
             row += spec.length
         return torch.cat(outputs)

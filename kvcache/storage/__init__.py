@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from kvcache.arena import ALIGNMENT
+from kvcache.errors import StorageError
 
 
 @dataclass(slots=True)
@@ -63,8 +64,12 @@ class StorageBackend(ABC):
         """
 
     @abstractmethod
+    def submit_write(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> Future[None]:
+        """Start writing ``buffer``, which the caller leaves as it is until the future is done."""
+
     def write(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> None:
         """Write all of ``buffer`` at ``offset``; returns when it was handed to the device."""
+        self.submit_write(file, offset, buffer).result()
 
     @abstractmethod
     def close(self) -> None:
@@ -82,6 +87,23 @@ def check_aligned(offset: int, buffer: torch.Tensor) -> None:
             f"direct transfers go by {ALIGNMENT} bytes: offset {offset}, length {length}, "
             f"address {buffer.data_ptr():#x}"
         )
+
+
+def reserve(file: DirectFile, num_bytes: int) -> None:
+    """Claim the disk space now, so that a full disk is an error at the start and not after
+    minutes."""
+    if num_bytes == 0:
+        return
+    try:
+        os.posix_fallocate(file.descriptor, 0, num_bytes)
+        os.ftruncate(file.descriptor, num_bytes)
+    except OSError as error:
+        raise StorageError(
+            str(file.path),
+            0,
+            f"cannot reserve {num_bytes} bytes: {error.strerror}; free space or give "
+            "another nvme_dir",
+        ) from error
 
 
 def _posix() -> StorageBackend:

@@ -35,9 +35,9 @@ class DeepNVMeBackend(StorageBackend):
         check_aligned(offset, buffer)
         return self._pool.submit(self._run, self._handle.sync_pread, file, offset, buffer)
 
-    def write(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> None:
+    def submit_write(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> Future[None]:
         check_aligned(offset, buffer)
-        self._pool.submit(self._run, self._handle.sync_pwrite, file, offset, buffer).result()
+        return self._pool.submit(self._run, self._handle.sync_pwrite, file, offset, buffer)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

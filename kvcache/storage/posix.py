@@ -36,9 +36,9 @@ class PosixBackend(StorageBackend):
         check_aligned(offset, buffer)
         return self._submit(file, offset, buffer.numpy().data, os.preadv)
 
-    def write(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> None:
+    def submit_write(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> Future[None]:
         check_aligned(offset, buffer)
-        self._submit(file, offset, buffer.numpy().data, os.pwritev).result()
+        return self._submit(file, offset, buffer.numpy().data, os.pwritev)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

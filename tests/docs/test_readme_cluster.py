@@ -92,6 +92,7 @@ def head(newcomer: Newcomer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         **newcomer.environment,
         **dict(word.split("=", 1) for word in exports[1:]),
         "RAY_AUTH_MODE": "disabled",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
     }

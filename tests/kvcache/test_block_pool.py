@@ -207,7 +207,7 @@ def test_caching_can_be_off() -> None:
 
 
 def test_misuse_is_caught() -> None:
-    with pytest.raises(ValueError, match="0 device and 1 host blocks of 2 tokens"):
+    with pytest.raises(ValueError, match="0 device, 1 host and 0 rotating blocks of 2 tokens"):
         BlockPool(0, 1, 2)
     pool = BlockPool(2, 0, 2)
     pool.free(allocate(pool, 1))
@@ -218,3 +218,15 @@ def test_misuse_is_caught() -> None:
     allocate(pool, 1)
     with pytest.raises(AssertionError, match="block 1 counts 1 of 0 holders"):
         pool.check_integrity({}, {})
+
+
+def test_rotating_blocks_are_dealt_out_when_the_device_has_no_blank_one() -> None:
+    pool = BlockPool(2, 0, 2, num_rotating_blocks=2)
+    assert allocate(pool, 3) == [0, 1, 2]
+    assert (pool.num_free_device_blocks, pool.num_free_active_blocks) == (0, 1)
+    pool.free([1, 2])
+    assert allocate(pool, 1) == [1]
+    assert allocate(pool, 2) == [3, 2]
+    assert pool.allocate(1) is None
+    assert pool.num_active_blocks == 4
+    pool.check_integrity(dict.fromkeys(range(4), 1), {})

@@ -55,7 +55,7 @@ def spoil(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (spoil("stages.0.shards.0.ring_bytes", 1 << 30), "more than its budget"),
         (spoil("stages.0.shards.0.ring_bytes", -1), "ring_bytes is -1"),
         (spoil("stages.0.shards.0.placements.1.unit", "embedding"), "placed twice"),
-        (spoil("max_model_len", 1 << 20), "device blocks"),
+        (spoil("max_model_len", 1 << 20), "blocks for running sequences"),
         (lambda data: data.pop("dtype"), "dtype is missing"),
     ],
 )

@@ -365,7 +365,7 @@ def test_add_refuses_what_can_never_run() -> None:
         scheduler.add(request(1, 0))
     with pytest.raises(InvalidRequestError, match="prompt has 32 tokens, but the context holds 32"):
         scheduler.add(request(1, 32))
-    with pytest.raises(InvalidRequestError, match="KV of 17 tokens, but the device holds 16"):
+    with pytest.raises(InvalidRequestError, match="KV of 17 tokens, but the tiers hold 16"):
         scheduler.add(request(1, 10, max_tokens=8))
     scheduler.add(request(1, 10, max_tokens=7))
     with pytest.raises(QueueFullError, match="1 sequences wait already, the limit is 1"):

@@ -1,0 +1,109 @@
+"""The KV of a pass: what stays on the device, and what passes through it micro-batch by
+micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from giantserve.models.batch import ChunkSpec, PassBatch, build_batch
+from kvcache.kv_rotation import KVRotation
+from kvcache.kv_store import KVStore, KVViews
+from kvcache.micro_batch import BlockUse, deal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassPart:
+    """Sequences whose blocks are on the device together. ``batch`` counts its rows from 0; row i of
+    it is row ``rows[i]`` of the pass (None: the part is the whole pass)."""
+
+    rows: torch.Tensor | None
+    batch: PassBatch
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part's rows of a tensor whose first dimension are the rows of the pass."""
+        return tensor if self.rows is None else tensor[self.rows]
+
+    def first_row(self, row: int) -> int:
+        """Where a row of the part stands in the pass."""
+        return row if self.rows is None else int(self.rows[row])
+
+
+class PassKV:
+    """For each layer, the parts of one pass with the keys and values that they attend to."""
+
+    def __init__(
+        self,
+        kv: KVStore,
+        rotation: KVRotation | None,
+        specs: Sequence[ChunkSpec],
+        block_size: int,
+        device: torch.device,
+        *,
+        gathered: bool = False,
+    ) -> None:
+        """The rotation's first reads start here. Use as a context manager."""
+        self._kv, self._rotation = kv, rotation
+        self.batch = build_batch(specs, block_size, device, gathered=gathered)
+        outside = {
+            position: use
+            for position, spec in enumerate(specs)
+            if max((use := _use(spec, block_size)).block_ids) >= kv.num_device_blocks
+        }
+        self._resident: PassPart | None = PassPart(rows=None, batch=self.batch)
+        self._rotated: list[PassPart] = []
+        if not outside:
+            return
+        assert rotation is not None, "a block lies beyond the device, but nothing rotates"
+        starts = [0]
+        for spec in specs:
+            starts.append(starts[-1] + spec.length)
+
+        def part(positions: Sequence[int], chosen: Sequence[ChunkSpec]) -> PassPart:
+            rows = [row for p in positions for row in range(starts[p], starts[p + 1])]
+            return PassPart(
+                rows=torch.tensor(rows, device=device),
+                batch=build_batch(chosen, block_size, device, gathered=gathered),
+            )
+
+        stays = [position for position in range(len(specs)) if position not in outside]
+        self._resident = part(stays, [specs[p] for p in stays]) if stays else None
+        micro_batches = deal(outside, rotation.num_slots)
+        for micro_batch in micro_batches:
+            slots = micro_batch.slots
+            moved = [
+                replace(specs[p], block_ids=[slots[block] for block in outside[p].block_ids])
+                for p in micro_batch.members
+            ]
+            self._rotated.append(part(micro_batch.members, moved))
+        rotation.begin(micro_batches)
+
+    def __enter__(self) -> PassKV:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._rotated:
+            assert self._rotation is not None
+            self._rotation.end()
+
+    def parts(self, layer: int) -> Iterator[tuple[PassPart, KVViews]]:
+        """Each part with its keys and values, [blocks, block_size, heads, dim] each, as the block
+        tables of the part's batch count them. They are valid, and writable, until the next part is
+        asked for."""
+        if self._resident is not None:
+            yield self._resident, self._kv.layer(layer)
+        for part in self._rotated:
+            assert self._rotation is not None
+            yield part, self._rotation.take(layer)
+            self._rotation.put_back()
+
+
+def _use(spec: ChunkSpec, block_size: int) -> BlockUse:
+    used = -(-(spec.start + spec.length) // block_size)
+    return BlockUse(
+        block_ids=tuple(spec.block_ids[:used]),
+        num_loaded=-(-spec.start // block_size),
+        first_written=spec.start // block_size,
+    )

@@ -1,0 +1,297 @@
+"""KV of running sequences that lies on the host or on NVMe, brought to the device layer by layer.
+
+A pass goes through its layers once. Within each, its micro-batches come to the device one after
+the other: while one is attended to, the next one's pieces are read from NVMe and the last one's are
+written back, so that the batch is bounded by host and NVMe memory and each weight still moves once
+(the block schedule of FlexGen, Sheng et al., 2023, with the batch within the layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from kvcache.arena import ALIGNMENT, Arena
+from kvcache.checksum import PieceChecksum
+from kvcache.errors import CorruptBlockError
+from kvcache.kv_file import KVFile
+from kvcache.kv_store import KVStore, KVViews, layer_views
+from kvcache.micro_batch import MicroBatch
+from kvcache.storage.posix import PosixBackend
+from kvcache.tier import Tier
+from kvcache.transfer_stats import Link, TransferStats
+
+NUM_BUFFERS = 3
+"""One that is attended to, one that is read into, one that is written back."""
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One micro-batch at one layer."""
+
+    layer: int
+    micro_batch: MicroBatch
+    buffer: int
+    reads: list[tuple[slice, Future[None]]] = field(default_factory=list)
+    writes: list[Future[None]] = field(default_factory=list)
+
+
+class KVRotation:
+    """Owns the blocks beyond the device's: first ``num_host_blocks`` on the host, then
+    ``num_nvme_blocks`` on NVMe. A block's id counts on from the device's last.
+
+    Used by the thread that computes: `begin`, then for every layer of the store's layout and every
+    micro-batch in order `take` and `put_back`, then `end`.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        *,
+        num_host_blocks: int,
+        num_nvme_blocks: int,
+        num_slots: int,
+        device_arena: Arena,
+        host_arena: Arena,
+        folder: Path | None,
+    ) -> None:
+        """``num_slots`` pieces fit into each of the `NUM_BUFFERS` buffers on the device. NVMe
+        blocks lie in a file in ``folder``. Raises what `KVFile` raises, and TierFullError."""
+        self._store = store
+        layout = store.layout
+        self._pieces = [layout.piece(index) for index in range(len(layout.layers))]
+        self._places = {spec.layer: index for index, spec in enumerate(layout.layers)}
+        self._strides = [-(-p.num_bytes // ALIGNMENT) * ALIGNMENT for p in self._pieces]
+        self._first_host = store.num_device_blocks
+        self._first_nvme = self._first_host + num_host_blocks
+        self.num_blocks = self._first_nvme + num_nvme_blocks
+        self.num_slots = num_slots
+        self._host = store.allocate(host_arena, num_host_blocks)
+        size = num_slots * max(self._strides)
+        self._buffers = [device_arena.allocate(size) for _ in range(NUM_BUFFERS)]
+        on_cpu = device_arena.device.type == "cpu"
+        self._landings = (
+            self._buffers if on_cpu else [host_arena.allocate(size) for _ in range(NUM_BUFFERS)]
+        )
+        self._file: KVFile | None = None
+        if num_nvme_blocks:
+            assert folder is not None, "NVMe blocks need a folder"
+            backend = PosixBackend(chunk_bytes=CHUNK_BYTES)
+            self._file = KVFile(folder, self._strides, num_nvme_blocks, backend)
+        self._checks = [PieceChecksum(stride) for stride in self._strides]
+        self._sums = torch.zeros(len(self._strides), num_nvme_blocks, dtype=torch.int64)
+        self.transfers = TransferStats()
+        self._jobs: list[_Job] = []
+        self._at = 0
+
+    def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Start a pass: the first reads are on their way when this returns."""
+        assert self._at == len(self._jobs), "the last pass has not ended"
+        order = product(range(len(self._strides)), micro_batches)
+        self._jobs = [
+            _Job(layer, micro_batch, index % NUM_BUFFERS)
+            for index, (layer, micro_batch) in enumerate(order)
+        ]
+        self._at = 0
+        for job in self._jobs[: NUM_BUFFERS - 1]:
+            self._read(job)
+
+    def take(self, layer: int) -> KVViews:
+        """The next micro-batch's keys and values at ``layer``, a block a slot: [num_slots,
+        block_size, heads, dim] each. Waits for reads. Valid, and writable, until `put_back`.
+
+        Raises StorageError or CorruptBlockError.
+        """
+        job = self._jobs[self._at]
+        assert job.layer == self._places[layer], f"layer {layer} is not what comes next"
+        landing, buffer = self._rows(self._landings, job), self._rows(self._buffers, job)
+        self._gather(job, landing, buffer)
+        self._wait_for_reads(job, landing)
+        if landing is not buffer:
+            lower, upper = self._span(job, self._first_host, self.num_blocks)
+            buffer[lower:upper].copy_(landing[lower:upper], non_blocking=True)
+        return layer_views(buffer, self._pieces[job.layer], self._store.layout, job.layer, at=0)
+
+    def put_back(self) -> None:
+        """The attention to what `take` gave is over: what was written goes home."""
+        job = self._jobs[self._at]
+        self._at += 1
+        if job.micro_batch.written:
+            self._scatter(job)
+        if self._at >= 2:
+            self._wait_for_writes(self._jobs[self._at - 2])
+        following = self._at + NUM_BUFFERS - 2
+        if following < len(self._jobs):
+            self._read(self._jobs[following])
+
+    def end(self) -> None:
+        """The pass is over, or was left in the middle: wait for what is under way."""
+        first, self._at = self._at, len(self._jobs)
+        for job in self._jobs[max(0, first - 1) : first + NUM_BUFFERS]:
+            for _, future in job.reads:
+                future.exception()
+            self._wait_for_writes(job)
+
+    def save(self, block: int, row: torch.Tensor) -> None:
+        """Copy a whole block to ``row`` [block_bytes] in memory."""
+        self._move(block, row, write=False)
+
+    def restore(self, row: torch.Tensor, block: int) -> None:
+        """Copy ``row`` [block_bytes] in memory to a whole block."""
+        self._move(block, row, write=True)
+
+    def close(self) -> None:
+        """Give the disk space back. Idempotent."""
+        if self._file is not None:
+            self._file.close()
+
+    def _rows(self, buffers: list[torch.Tensor], job: _Job) -> torch.Tensor:
+        """The job's buffer as [num_slots, stride of its layer]."""
+        stride = self._strides[job.layer]
+        return buffers[job.buffer][: self.num_slots * stride].view(self.num_slots, stride)
+
+    def _span(self, job: _Job, first: int, stop: int) -> tuple[int, int]:
+        """The slots [lower, upper) that are loaded with blocks [first, stop)."""
+        loaded = job.micro_batch.blocks[: job.micro_batch.num_loaded]
+        return (
+            sum(block < first for block in loaded),
+            sum(block < stop for block in loaded),
+        )
+
+    def _gather(self, job: _Job, landing: torch.Tensor, buffer: torch.Tensor) -> None:
+        """Bring what lies on the device and on the host into the slots."""
+        piece = self._pieces[job.layer]
+        part = slice(piece.offset, piece.offset + piece.num_bytes)
+        sources = (
+            (self._store.device_rows, 0, self._first_host, buffer),
+            (self._host, self._first_host, self._first_nvme, landing),
+        )
+        for rows, first, stop, target in sources:
+            lower, upper = self._span(job, first, stop)
+            if lower == upper:
+                continue
+            blocks = torch.tensor(job.micro_batch.blocks[lower:upper], device=rows.device) - first
+            link = Link("kv", Tier.DEVICE if first == 0 else Tier.HOST, Tier.DEVICE)
+            self.transfers.begin(link)
+            torch.index_select(
+                _words(rows[:, part]), 0, blocks, out=_words(target[lower:upper, : piece.num_bytes])
+            )
+            self.transfers.end(link, (upper - lower) * piece.num_bytes)
+
+    def _read(self, job: _Job) -> None:
+        """Start the job's reads from NVMe."""
+        lower, upper = self._span(job, self._first_nvme, self.num_blocks)
+        landing = self._rows(self._landings, job)
+        link = Link("kv", Tier.NVME, Tier.DEVICE)
+        for run in _runs(job.micro_batch.blocks, range(lower, upper)):
+            assert self._file is not None
+            block = job.micro_batch.blocks[run.start] - self._first_nvme
+            target = landing[run].flatten()
+            self.transfers.begin(link)
+            future = self._file.submit_read(job.layer, block, target)
+            future.add_done_callback(partial(self._count, link, target.nbytes))
+            job.reads.append((run, future))
+
+    def _count(self, link: Link, num_bytes: int, done: Future[None]) -> None:
+        self.transfers.end(link, 0 if done.exception() else num_bytes)
+
+    def _wait_for_reads(self, job: _Job, landing: torch.Tensor) -> None:
+        for run, future in job.reads:
+            future.result()
+            block = job.micro_batch.blocks[run.start] - self._first_nvme
+            count = run.stop - run.start
+            found = self._checks[job.layer].of(landing[run])
+            wrong = (found != self._sums[job.layer, block : block + count]).nonzero()
+            if wrong.numel():
+                raise CorruptBlockError(self._first_nvme + block + int(wrong[0]))
+        job.reads.clear()
+
+    def _scatter(self, job: _Job) -> None:
+        """Bring the written slots home; to NVMe behind the computation."""
+        piece, micro_batch = self._pieces[job.layer], job.micro_batch
+        part = slice(piece.offset, piece.offset + piece.num_bytes)
+        landing, buffer = self._rows(self._landings, job), self._rows(self._buffers, job)
+        homes = (
+            (self._store.device_rows, 0, self._first_host),
+            (self._host, self._first_host, self._first_nvme),
+        )
+        for rows, first, stop in homes:
+            slots = [s for s in micro_batch.written if first <= micro_batch.blocks[s] < stop]
+            if not slots:
+                continue
+            blocks = torch.tensor([micro_batch.blocks[s] - first for s in slots])
+            link = Link("kv", Tier.DEVICE, Tier.DEVICE if first == 0 else Tier.HOST)
+            self.transfers.begin(link)
+            source = buffer[torch.tensor(slots, device=buffer.device), : piece.num_bytes]
+            rows[:, part].index_copy_(0, blocks.to(rows.device), source.to(rows.device))
+            self.transfers.end(link, source.nbytes)
+        behind = [s for s in micro_batch.written if micro_batch.blocks[s] >= self._first_nvme]
+        for run in _runs(micro_batch.blocks, behind):
+            if landing is not buffer:
+                landing[run].copy_(buffer[run])
+            self._write(job, micro_batch.blocks[run.start] - self._first_nvme, landing[run])
+
+    def _write(self, job: _Job, block: int, pieces: torch.Tensor) -> None:
+        assert self._file is not None
+        sums = self._checks[job.layer].of(pieces)
+        self._sums[job.layer, block : block + pieces.shape[0]] = sums
+        link = Link("kv", Tier.DEVICE, Tier.NVME)
+        self.transfers.begin(link)
+        future = self._file.submit_write(job.layer, block, pieces.flatten())
+        future.add_done_callback(partial(self._count, link, pieces.nbytes))
+        job.writes.append(future)
+
+    def _wait_for_writes(self, job: _Job) -> None:
+        for future in job.writes:
+            future.result()
+        job.writes.clear()
+
+    def _move(self, block: int, row: torch.Tensor, *, write: bool) -> None:
+        if block < self._first_nvme:
+            mine = self._host[block - self._first_host]
+            (mine if write else row).copy_(row if write else mine)
+            return
+        whole = MicroBatch(
+            members=(), blocks=(block,), num_loaded=int(not write), written=(0,) if write else ()
+        )
+        self.begin([whole])
+        for piece in self._pieces:
+            job = self._jobs[self._at]
+            slot = self._rows(self._landings, job)[0, : piece.num_bytes]
+            mine = row[piece.offset : piece.offset + piece.num_bytes]
+            self._wait_for_reads(job, self._rows(self._landings, job))
+            (slot if write else mine).copy_(mine if write else slot)
+            if write and self._landings is not self._buffers:
+                self._rows(self._buffers, job)[0, : piece.num_bytes].copy_(slot)
+            self.put_back()
+        self.end()
+
+
+def _runs(blocks: Sequence[int], slots: Sequence[int]) -> Iterator[slice]:
+    """Maximal runs of neighbouring slots with neighbouring blocks."""
+    start = 0
+    for index in range(1, len(slots) + 1):
+        if index < len(slots):
+            here, before = slots[index], slots[index - 1]
+            if here == before + 1 and blocks[here] == blocks[before] + 1:
+                continue
+        yield slice(slots[start], slots[index - 1] + 1)
+        start = index
+
+
+def _words(rows: torch.Tensor) -> torch.Tensor:
+    """The rows as the widest words that divide them: they copy faster than bytes."""
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        width = dtype.itemsize
+        aligned = rows.storage_offset() % width == 0 and rows.stride(0) % width == 0
+        if aligned and rows.shape[1] % width == 0:
+            return rows.view(dtype)
+    return rows

@@ -1,0 +1,76 @@
+"""KV of running sequences beyond the device: the same tokens, wherever the blocks lie."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import transformers
+from plans import BLOCK_SIZE, make_plan
+from zoo import make_prompts, reference, save_model
+
+from giantserve import LLM, SamplingParams
+from giantserve.executor.launcher import Launcher
+from partition.profile import ModelProfile
+
+NUM_TOKENS = 64
+PROMPTS = make_prompts()
+CASES = [
+    ("llama", 1, 1, "host"),
+    ("llama", 1, 1, "nvme"),
+    ("llama", 2, 2, "mixed"),
+    ("gemma2", 1, 2, "mixed"),
+    ("phi3", 1, 1, "mixed"),
+    ("mixtral", 2, 1, "nvme"),
+    ("deepseek_v3", 1, 2, "mixed"),
+    ("deepseek_v3", 2, 1, "nvme"),
+    ("bloom", 1, 1, "mixed"),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.mark.parametrize(("name", "tp", "pp", "beyond"), CASES)
+def test_rotating_blocks_give_the_tokens_of_transformers(
+    name: str, tp: int, pp: int, beyond: str, models: Path, launcher: Launcher
+) -> None:
+    path = save_model(name, models)
+    if (refusal := ModelProfile.from_pretrained(path).why_not_tensor_parallel(tp)) is not None:
+        pytest.skip(f"not legal: {refusal}")
+    plan = make_plan(path, tp, pp, "device", device_blocks=24, host_blocks=24)
+    # 24 of about 190 blocks on the device: nearly all that is attended to lies elsewhere
+    plan = replace(
+        plan,
+        num_rotating_host_blocks={"host": 170, "nvme": 0, "mixed": 40}[beyond],
+        num_rotating_nvme_blocks={"host": 0, "nvme": 170, "mixed": 130}[beyond],
+        num_rotation_slots=128 // BLOCK_SIZE + 13,  # one or two sequences at a time
+    )
+    plan.validate()
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    with LLM(path, plan=plan, nvme_dir=path / "nvme", launcher=launcher) as llm:
+        outputs = llm.generate(PROMPTS, greedy)
+        llm.generate(PROMPTS[2], greedy)
+        again = llm.generate(PROMPTS[2], greedy)[0]
+        stats = llm.stats()
+    expected = reference(path, PROMPTS, NUM_TOKENS)
+    assert [output.token_ids for output in outputs] == expected
+    assert again.token_ids == expected[2]
+    assert again.usage is not None and again.usage.cached_tokens > 0
+    assert stats["kv"]["device_blocks_free"] == 24
+    assert stats["kv"]["rotating_blocks_free"] == 170
+    moved = {
+        (link["source"], link["target"]): link["bytes"]
+        for link in stats["shards"][0]["links"]
+        if link["kind"] == "kv"
+    }
+    if beyond != "nvme":
+        assert moved["host", "device"] > moved["device", "host"] > 0
+    if beyond != "host":
+        assert moved["nvme", "device"] > moved["device", "nvme"] > 0
+        assert list((path / "nvme" / "kv").iterdir()) == []

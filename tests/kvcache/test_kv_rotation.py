@@ -1,0 +1,158 @@
+"""Blocks beyond the device: hypothesis drives passes against plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcache.arena import Arena
+from kvcache.checksum import PieceChecksum
+from kvcache.errors import CorruptBlockError
+from kvcache.kv_rotation import NUM_BUFFERS, KVRotation
+from kvcache.kv_store import KVStore
+from kvcache.layout import KVLayerSpec, KVLayout
+from kvcache.micro_batch import BlockUse, deal
+from kvcache.tier import Tier
+
+LAYOUT = KVLayout(
+    layers=tuple(
+        KVLayerSpec(layer=layer, key_heads=2, key_dim=dim, value_heads=1, value_dim=4)
+        for layer, dim in ((3, 8), (4, 520), (6, 3))
+    ),
+    block_size=2,
+    dtype="float32",
+)
+DEVICE, HOST, NVME, SLOTS = 3, 4, 6, 5
+TOTAL = DEVICE + HOST + NVME
+
+
+@contextmanager
+def rotation(folder: Path) -> Iterator[tuple[KVStore, KVRotation]]:
+    device = Arena(Tier.DEVICE, 1 << 22)
+    host = Arena(Tier.HOST, 1 << 20)
+    store = KVStore(
+        LAYOUT, device_arena=device, host_arena=host, num_device_blocks=DEVICE, num_host_blocks=2
+    )
+    rotating = KVRotation(
+        store,
+        num_host_blocks=HOST,
+        num_nvme_blocks=NVME,
+        num_slots=SLOTS,
+        device_arena=device,
+        host_arena=host,
+        folder=folder / "kv",
+    )
+    store.extend(rotating)
+    try:
+        yield store, rotating
+    finally:
+        rotating.close()
+        device.check_integrity()
+        host.check_integrity()
+
+
+uses = st.lists(
+    st.lists(st.integers(0, TOTAL - 1), min_size=1, max_size=SLOTS, unique=True), max_size=5
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(passes=st.lists(uses, min_size=1, max_size=5))
+def test_every_block_keeps_what_was_written(
+    passes: list[list[list[int]]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Each sequence reads all its blocks, and writes the last one whole."""
+    known: dict[tuple[int, int], float] = {}
+    stamp = 0.0
+    with rotation(tmp_path_factory.mktemp("rotation")) as (_, rotating):
+        for sequences in passes:
+            free = set(range(TOTAL))
+            chosen = {}
+            for index, block_ids in enumerate(sequences):
+                if set(block_ids) <= free:
+                    free -= set(block_ids)
+                    chosen[index] = BlockUse(
+                        block_ids=tuple(block_ids),
+                        num_loaded=len(block_ids),
+                        first_written=len(block_ids) - 1,
+                    )
+            micro_batches = deal(chosen, SLOTS)
+            rotating.begin(micro_batches)
+            for spec in LAYOUT.layers:
+                for micro_batch in micro_batches:
+                    keys, values = rotating.take(spec.layer)
+                    for slot, block in enumerate(micro_batch.blocks):
+                        value = known.get((spec.layer, block), 0.0)
+                        assert (keys[slot] == value).all() and (values[slot] == -value).all()
+                    for slot in micro_batch.written:
+                        stamp += 1.0
+                        keys[slot], values[slot] = stamp, -stamp
+                        known[spec.layer, micro_batch.blocks[slot]] = stamp
+                    rotating.put_back()
+            rotating.end()
+
+
+def test_whole_blocks_go_down_and_come_up_again(tmp_path: Path) -> None:
+    with rotation(tmp_path) as (store, _):
+        for block in (1, DEVICE + 1, DEVICE + HOST + 3):
+            row = torch.randint(0, 255, (LAYOUT.block_bytes,), dtype=torch.uint8)
+            store._blocks[Tier.HOST][0] = row
+            store.copy(Tier.HOST, 0, Tier.DEVICE, block)
+            store._blocks[Tier.HOST][0] = 0
+            store.copy(Tier.DEVICE, block, Tier.HOST, 1)
+            assert torch.equal(store._blocks[Tier.HOST][1], row)
+
+
+def test_a_flipped_bit_on_disk_is_found(tmp_path: Path) -> None:
+    block = DEVICE + HOST + 2
+    use = {0: BlockUse(block_ids=(block,), num_loaded=1, first_written=0)}
+    with rotation(tmp_path) as (_, rotating):
+        for flip in (False, True):
+            rotating.begin(deal(use, SLOTS))
+            for spec in LAYOUT.layers:
+                if flip and spec.layer == 4:
+                    with pytest.raises(CorruptBlockError) as caught:
+                        rotating.take(spec.layer)
+                    assert caught.value.block == block
+                    break
+                rotating.take(spec.layer)[0].fill_(1.0)
+                rotating.put_back()
+            rotating.end()
+            assert rotating._file is not None
+            file = rotating._file._file
+            target = Arena(Tier.HOST, 4096).allocate(4096)
+            offset = rotating._file._offset(1, 2)
+            rotating._file._backend.read(file, offset, target)
+            target[17] ^= 4
+            rotating._file._backend.write(file, offset, target)
+
+
+def test_the_buffers_are_counted(tmp_path: Path) -> None:
+    with rotation(tmp_path) as (_, rotating):
+        stride = max(rotating._strides)
+        assert stride % 4096 == 0 and stride > 2 * (2 * 520 + 4) * 4
+        assert len(rotating._buffers) == NUM_BUFFERS
+        assert all(buffer.nbytes == SLOTS * stride for buffer in rotating._buffers)
+    assert (tmp_path / "kv").stat().st_mode & 0o777 == 0o700
+    assert list((tmp_path / "kv").iterdir()) == []
+
+
+@given(
+    data=st.binary(min_size=64, max_size=64),
+    bit=st.integers(0, 64 * 8 - 1),
+    rows=st.integers(1, 3),
+)
+def test_one_changed_bit_changes_the_checksum(data: bytes, bit: int, rows: int) -> None:
+    checksum = PieceChecksum(64)
+    pieces = torch.frombuffer(bytearray(data * rows), dtype=torch.uint8).view(rows, 64)
+    before = checksum.of(pieces)
+    assert before.shape == (rows,)
+    pieces[rows - 1, bit // 8] ^= 1 << bit % 8
+    after = checksum.of(pieces)
+    assert torch.equal(before[:-1], after[:-1]) and before[-1] != after[-1]

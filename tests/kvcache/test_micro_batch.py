@@ -1,0 +1,43 @@
+"""Which blocks come to the device together, by exact slots."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvcache.micro_batch import BlockUse, MicroBatch, deal
+
+
+def decode(*block_ids: int) -> BlockUse:
+    """A sequence whose new token goes into its last block."""
+    return BlockUse(
+        block_ids=block_ids, num_loaded=len(block_ids), first_written=len(block_ids) - 1
+    )
+
+
+def test_sequences_share_a_micro_batch_while_their_blocks_fit() -> None:
+    uses = {0: decode(9, 8), 2: decode(3), 3: decode(5, 4), 7: decode(6)}
+    assert deal(uses, 3) == (
+        MicroBatch(members=(0, 2), blocks=(3, 8, 9), num_loaded=3, written=(0, 1)),
+        MicroBatch(members=(3, 7), blocks=(4, 5, 6), num_loaded=3, written=(0, 2)),
+    )
+    assert [m.members for m in deal(uses, 2)] == [(0,), (2,), (3,), (7,)]
+    assert deal({}, 3) == ()
+
+
+def test_a_shared_block_comes_once() -> None:
+    (together,) = deal({0: decode(1, 2, 7), 1: decode(1, 2, 5)}, 4)
+    assert together.blocks == (1, 2, 5, 7)
+    assert together.written == (2, 3)
+    assert together.slots == {1: 0, 2: 1, 5: 2, 7: 3}
+
+
+def test_blocks_that_hold_nothing_yet_are_not_loaded() -> None:
+    # 3 blocks of a prompt: the first is full, the second half full, the third and fourth new
+    prompt = BlockUse(block_ids=(4, 9, 2, 7), num_loaded=2, first_written=1)
+    (alone,) = deal({0: prompt}, 4)
+    assert alone == MicroBatch(members=(0,), blocks=(4, 9, 2, 7), num_loaded=2, written=(1, 2, 3))
+
+
+def test_a_sequence_longer_than_the_buffer_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 blocks cannot pass through 2 slots"):
+        deal({0: decode(1, 2, 3)}, 2)
