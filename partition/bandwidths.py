@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
-from partition.errors import PlanError
+from partition.errors import FieldError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,10 +18,7 @@ class GemmRate:
     flops_per_s: float
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or not 0 < self.flops_per_s < math.inf:
-            raise PlanError(
-                f"a GEMM rate of {self.flops_per_s} FLOP/s at {self.rows} rows cannot be"
-            )
+        check_rates(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +68,7 @@ class Bandwidths:
         for name in ("gemm", "streamed_gemm"):
             rows = [rate.rows for rate in getattr(self, name)]
             if (name == "gemm" and not rows) or rows != sorted(set(rows)):
-                raise PlanError(f"{name} rows are {rows}; give at least one, rising")
+                raise FieldError(name, f"rows are {rows}; give at least one, rising")
 
     def flops_per_s(self, rows: float, *, streamed: bool = False) -> float:
         """FLOP/s at ``rows`` rows: linear in log(rows) between measured points, constant outside,
@@ -125,7 +122,7 @@ RESOURCES: dict[str, tuple[str, ...]] = {
 
 
 def check_rates(rates: Any) -> None:
-    """Raise PlanError where a number of this dataclass can be no rate or, named ``*_s``, no
+    """Raise FieldError where a number of this dataclass can be no rate or, named ``*_s``, no
     latency."""
     for each in fields(rates):
         value = getattr(rates, each.name)
@@ -133,4 +130,4 @@ def check_rates(rates: Any) -> None:
             continue
         is_latency = each.name.endswith("_s")
         if not (value >= 0 if is_latency else value > 0) or not math.isfinite(value):
-            raise PlanError(f"{each.name} is {value}; it must be a positive, finite number")
+            raise FieldError(each.name, f"{value} cannot be; it must be a positive, finite number")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import yaml
-
 from kvcache.tier import TierBudget
 from partition.bandwidths import RESOURCES, Bandwidths
 from partition.codec import decode
-from partition.errors import PlanError
+from partition.errors import FieldError, PlanError
 from partition.links import Link
+from partition.yaml_lines import YamlDocument
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +28,8 @@ class DeviceSpec:
     def __post_init__(self) -> None:
         for name in ("device_bytes", "host_bytes", "nvme_bytes"):
             if getattr(self.budget, name) < 0:
-                raise PlanError(
-                    f"budget.{name} is {getattr(self.budget, name)}; it must be 0 or more"
+                raise FieldError(
+                    f"budget.{name}", f"{getattr(self.budget, name)} cannot be; give 0 or more"
                 )
 
 
@@ -47,10 +46,12 @@ class NodeSpec:
 
     def __post_init__(self) -> None:
         if not self.devices:
-            raise PlanError(f"node {self.name} has no devices; list at least one")
+            raise FieldError("devices", f"node {self.name} has no devices; list at least one")
         for resource in self.shared:
             if resource not in RESOURCES:
-                raise PlanError(f"shared names {resource!r}; known are {', '.join(RESOURCES)}")
+                raise FieldError(
+                    "shared", f"{resource!r} cannot be shared; known are {', '.join(RESOURCES)}"
+                )
 
     @property
     def device_names(self) -> tuple[str, ...]:
@@ -92,18 +93,24 @@ class ClusterSpec:
 
     def __post_init__(self) -> None:
         if not self.nodes:
-            raise PlanError("the cluster has no nodes; list at least one")
+            raise FieldError("nodes", "the cluster has no nodes; list at least one")
         names = [node.name for node in self.nodes]
         if len(set(names)) < len(names):
-            raise PlanError(f"nodes are named {', '.join(names)}; give each a name of its own")
+            raise FieldError(
+                "nodes", f"their names are {', '.join(names)}; give each a name of its own"
+            )
         if self.network is None and len(names) > 1:
-            raise PlanError("the cluster has several nodes but no network; add network")
-        for joined in self.links:
+            raise FieldError("network", "missing, but there are several nodes; add it")
+        for index, joined in enumerate(self.links):
+            where = f"links[{index}].nodes"
             unknown = [name for name in joined.nodes if name not in names]
             if unknown:
-                raise PlanError(f"a link joins {unknown[0]}, which is no node")
+                raise FieldError(where, f"{unknown[0]} is no node; there are {', '.join(names)}")
             if len(set(joined.nodes)) != 2:
-                raise PlanError(f"a link joins {', '.join(joined.nodes)}; name two nodes")
+                raise FieldError(
+                    where,
+                    f"{', '.join(joined.nodes) or 'nothing'} cannot be joined; name two nodes",
+                )
 
     def link(self, left: NodeSpec, right: NodeSpec) -> Link:
         """What joins devices of these nodes, which may be the same."""
@@ -174,15 +181,16 @@ class ClusterSpec:
     def from_yaml(cls, source: str | Path) -> ClusterSpec:
         """Read a cluster from a file (a Path) or from YAML text (a str).
 
-        Raises PlanError naming the key, or the line where the text is no YAML.
+        Raises PlanError naming the file, the line and the key.
         """
+        name = str(source) if isinstance(source, Path) else None
         if isinstance(source, Path):
             try:
                 source = source.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise PlanError(f"cannot read the cluster from {source}: {error}") from None
+                raise PlanError(f"cannot read the cluster from {name}: {error}") from None
+        document = YamlDocument.parse(source, name)
         try:
-            data = yaml.safe_load(source)
-        except yaml.YAMLError as error:
-            raise PlanError(f"the cluster is not YAML: {' '.join(str(error).split())}") from None
-        return decode(cls, data)
+            return decode(cls, document.values)
+        except FieldError as error:
+            raise PlanError(f"{document.at(error.where)}: {error}") from None

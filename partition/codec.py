@@ -11,7 +11,7 @@ import typing
 from typing import Any, TypeVar
 
 from partition.byte_size import parse_byte_size
-from partition.errors import PlanError
+from partition.errors import FieldError, PlanError
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def decode(cls: type[T], data: Any, where: str = "") -> T:
     """Rebuild a ``cls`` from `encode`'s form. Sizes may be strings ("2GiB") in fields named
     ``*_bytes``.
 
-    Raises PlanError naming the key (as a path from ``where``) that is missing, unknown or of a
+    Raises FieldError naming the key (as a path from ``where``) that is missing, unknown or of a
     wrong type.
     """
     return typing.cast(T, _decode(cls, data, where))
@@ -68,19 +68,27 @@ def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     dot = f"{where}." if where else ""
-    for key in data:
-        if key not in fields:
-            raise PlanError(f"unknown key {dot}{key}; known are {', '.join(fields)}")
+    known_keys(data, where, tuple(fields))
     values = {}
     for name, field in fields.items():
         if name in data:
             values[name] = _decode(hints[name], data[name], f"{dot}{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise PlanError(f"{dot}{name} is missing; add it")
+            raise FieldError(f"{dot}{name}", "missing; add it")
     try:
         return cls(**values)
+    except FieldError as error:
+        raise error.below(where) from None
     except PlanError as error:
-        raise PlanError(f"{where}: {error}" if where else str(error)) from None
+        raise FieldError(where, str(error)) from None
+
+
+def known_keys(data: dict[str, Any], where: str, known: tuple[str, ...]) -> None:
+    """Raise FieldError for a key of the map at ``where`` that is not among ``known``."""
+    for key in data:
+        if key not in known:
+            path = f"{where}.{key}" if where else str(key)
+            raise FieldError(path, f"unknown key; known are {', '.join(known)}")
 
 
 def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
@@ -93,7 +101,7 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
             try:
                 data = parse_byte_size(data)
             except ValueError as error:
-                raise PlanError(f"{where}: {error}") from None
+                raise FieldError(where, str(error)) from None
         _expect(isinstance(data, int) and not isinstance(data, bool), where, "an integer", data)
     elif kind is float:
         if isinstance(data, str):  # YAML reads 1e9 as a string
@@ -111,6 +119,7 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
 
 def _expect(holds: bool, where: str, what: str, data: Any) -> None:
     if not holds:
-        shown = repr(data)
+        containers = {dict: "a map", list: "a list", type(None): "empty"}
+        shown = containers.get(type(data)) or repr(data)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        raise PlanError(f"{where or 'the document'} must be {what}, but is {shown}")
+        raise FieldError(where, f"must be {what}, but is {shown}")

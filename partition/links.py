@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from partition.errors import PlanError
+from partition.errors import FieldError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Link:
                 continue
             is_latency = name.endswith("_s")
             if not (value >= 0 if is_latency else value > 0) or not math.isfinite(value):
-                raise PlanError(f"{name} is {value}; it must be a positive, finite number")
+                raise FieldError(name, f"{value} cannot be; it must be a positive, finite number")
 
     def between_nodes(self, devices_per_node: int) -> Link:
         """This link for a collective to which every node brings so many devices: each brings its

@@ -89,6 +89,7 @@ LIGHT = (
     "partition.tier_choice",
     "partition.timeline",
     "partition.workload",
+    "partition.yaml_lines",
 )
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "accelerate", "fastapi", "pynvml")
 

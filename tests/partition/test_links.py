@@ -35,14 +35,14 @@ def test_one_rank_has_nothing_to_sum() -> None:
 @pytest.mark.parametrize("name", ["bandwidth", "all_reduce_bandwidth"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 def test_an_impossible_bandwidth_is_refused(name: str, value: float) -> None:
-    with pytest.raises(PlanError, match=rf"^{name} is"):
+    with pytest.raises(PlanError, match=rf"^{name}: .* cannot be"):
         Link(**({"bandwidth": 1.0, "latency_s": 0.0} | {name: value}))
 
 
 @pytest.mark.parametrize("name", ["latency_s", "all_reduce_latency_s"])
 @pytest.mark.parametrize("value", [-1e-9, math.inf, math.nan])
 def test_an_impossible_latency_is_refused(name: str, value: float) -> None:
-    with pytest.raises(PlanError, match=rf"^{name} is"):
+    with pytest.raises(PlanError, match=rf"^{name}: .* cannot be"):
         Link(**({"bandwidth": 1.0, "latency_s": 0.0} | {name: value}))
 
 

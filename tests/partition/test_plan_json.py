@@ -37,13 +37,13 @@ def spoil(path: str, value: object) -> Callable[[dict[str, Any]], None]:
     ("change", "said"),
     [
         (spoil("version", 99), "version 99"),
-        (spoil("colour", 1), "unknown key colour"),
-        (spoil("stages.0.shards.0.colour", 1), r"unknown key stages\[0\].shards\[0\].colour"),
-        (spoil("block_size", "16"), "block_size must be an integer"),
-        (spoil("block_size", True), "block_size must be an integer"),
+        (spoil("colour", 1), "colour: unknown key"),
+        (spoil("stages.0.shards.0.colour", 1), r"stages\[0\].shards\[0\].colour: unknown key"),
+        (spoil("block_size", "16"), "block_size: must be an integer"),
+        (spoil("block_size", True), "block_size: must be an integer"),
         (spoil("block_size", 0), "block_size is 0"),
         (spoil("num_host_blocks", -1), "num_host_blocks is -1"),
-        (spoil("forecast.decode_pass_s", None), "decode_pass_s must be a finite number"),
+        (spoil("forecast.decode_pass_s", None), "decode_pass_s: must be a finite number"),
         (spoil("stages.0.shards.0.placements.0.tier", "tape"), "one of device, host, nvme"),
         (spoil("stages.0.shards.0.rank", 1), "rank contradicts"),
         (spoil("stages.1.first_layer", 3), "first_layer contradicts"),
@@ -56,7 +56,7 @@ def spoil(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         (spoil("stages.0.shards.0.ring_bytes", -1), "ring_bytes is -1"),
         (spoil("stages.0.shards.0.placements.1.unit", "embedding"), "placed twice"),
         (spoil("max_model_len", 1 << 20), "blocks for running sequences"),
-        (lambda data: data.pop("dtype"), "dtype is missing"),
+        (lambda data: data.pop("dtype"), "dtype: missing"),
     ],
 )
 def test_a_spoilt_plan_is_refused(text: str, change: Callable[[Any], None], said: str) -> None:
