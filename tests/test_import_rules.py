@@ -69,6 +69,7 @@ LIGHT = (
     "partition.cost",
     "partition.device_pool",
     "partition.explain",
+    "partition.hardware",
     "partition.layer_split",
     "partition.layout_search",
     "partition.links",
