@@ -15,7 +15,12 @@ from typing import Any
 from giantserve.config import EngineConfig
 from giantserve.end_tokens import read_end_token_ids
 from giantserve.engine_stats import EngineStats
-from giantserve.errors import EngineDeadError, GiantserveError, InvalidRequestError
+from giantserve.errors import (
+    EngineDeadError,
+    GiantserveError,
+    InvalidRequestError,
+    KVLostError,
+)
 from giantserve.executor.base import Executor
 from giantserve.executor.launcher import Launcher
 from giantserve.executor.messages import LoadProgress
@@ -218,6 +223,7 @@ class Engine:
                     self._in_flight -= 1
                     self._take(result)
                 self._fail_expired()
+                self._fail_lost()
                 self._answer_stats()
             self._end(EngineDeadError("the engine was closed"))
         except GiantserveError as error:
@@ -312,9 +318,8 @@ class Engine:
         self.counters.aborted += 1
 
     def _take(self, result: StepResult) -> None:
-        plan = self._scheduler.on_result(
-            result.step_id, {token.seq_id: token.token_id for token in result.tokens}
-        )
+        sampled = {token.seq_id: token.token_id for token in result.tokens}
+        plan = self._scheduler.on_result(result.step_id, sampled, result.lost)
         for chunk in plan.chunks:
             ticket = self._by_sequence.get(chunk.seq_id)
             if ticket is not None and chunk.seq_id in result.prompt_logprobs:
@@ -327,6 +332,8 @@ class Engine:
             if ticket is None:
                 continue  # aborted while the pass ran
             choice = ticket.choices[token.seq_id]
+            if not self._scheduler.took(token.seq_id, choice.output.num_tokens):
+                continue  # computed from KV that was lost
             first = choice.output.num_tokens == 0
             increment = choice.output.append(token.token_id, token.logprobs)
             ticket.completion_tokens += 1
@@ -363,6 +370,18 @@ class Engine:
             completion_tokens=ticket.completion_tokens,
             cached_tokens=choice.request.num_cached_tokens,
         )
+
+    def _fail_lost(self) -> None:
+        for request in self._scheduler.given_up():
+            ticket = self._tickets.get(request.request_id)
+            if ticket is not None:
+                self._abort(ticket.request_id)
+                ticket.sink(
+                    KVLostError(
+                        f"the KV of the request was lost {request.num_losses} times; check the "
+                        "disk under nvme_dir, or keep KV off it"
+                    )
+                )
 
     def _fail_expired(self) -> None:
         for request in self._scheduler.expired():

@@ -42,6 +42,7 @@ class EngineStats:
             "running": scheduler.num_running,
             "waiting": scheduler.num_waiting,
             "kv": {
+                "losses": scheduler.num_losses,
                 "device_blocks": pool.num_device_blocks,
                 "device_blocks_free": pool.num_free_device_blocks,
                 "rotating_blocks": pool.num_active_blocks - pool.num_device_blocks,

@@ -57,6 +57,13 @@ class EngineDeadError(GiantserveError):
     error_type = "service_unavailable"
 
 
+class KVLostError(GiantserveError):
+    """A tier lost the KV of the request again and again; the disk under ``nvme_dir`` is failing."""
+
+    status_code = 503
+    error_type = "service_unavailable"
+
+
 class ConfigError(GiantserveError, ValueError):
     """An option has a value that cannot be honoured; the message names the value, the limit and the
     mend."""

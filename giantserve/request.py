@@ -30,6 +30,8 @@ class Request:
     planned so far; ``num_cached_tokens`` those of the prompt whose KV was reused at the first
     admission. ``block_ids`` cover all known tokens while RUNNING, ``host_block_ids`` the computed
     ones while PREEMPTED_ON_HOST. ``on_shards``: the shards keep state under ``seq_id``.
+    ``is_lost``: some of its KV is, so what its passes in flight bring is worthless; ``num_losses``
+    counts how often that happened.
     """
 
     seq_id: int
@@ -52,6 +54,8 @@ class Request:
     num_passes_in_flight: int = 0
     last_step_id: int = -1
     on_shards: bool = False
+    is_lost: bool = False
+    num_losses: int = 0
     _block_hashes: list[bytes] = field(default_factory=list, repr=False)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from giantserve.errors import ConfigError, InvalidRequestError, QueueFullError
@@ -12,6 +12,10 @@ from giantserve.request_queue import RequestQueue
 from giantserve.scheduler_config import SchedulerConfig as SchedulerConfig
 from giantserve.step import NewSequence, SequenceChunk, StepPlan
 from kvcache.block_pool import BlockPool, CachedBlock
+from kvcache.tier import Tier
+
+MAX_LOSSES = 3
+"""How often the KV of a request may be lost before its disk is to blame."""
 
 
 @dataclass(slots=True)
@@ -58,9 +62,11 @@ class Scheduler:
         self._waiting = RequestQueue()
         self._running = RequestQueue()
         self._in_flight: dict[int, StepPlan] = {}
+        self._filled: dict[int, list[tuple[int, list[bytes]]]] = {}
         self._finished: list[int] = []
         self._next_step_id = 0
         self.num_preemptions = 0
+        self.num_losses = 0
 
     @property
     def num_running(self) -> int:
@@ -142,25 +148,47 @@ class Scheduler:
         self._in_flight[plan.step_id] = plan
         return plan
 
-    def on_result(self, step_id: int, sampled: Mapping[int, int]) -> StepPlan:
+    def on_result(
+        self,
+        step_id: int,
+        sampled: Mapping[int, int],
+        lost: Collection[CachedBlock] = (),
+    ) -> StepPlan:
         """Record that a pass is done: ``sampled`` maps sequence to token for its sampling chunks.
 
-        Tokens of requests that ended meanwhile are ignored. Returns the plan answered. Raises
-        ValueError for a step not in flight and for a live sequence whose token is missing.
+        Tokens of requests that ended meanwhile are ignored, and so are those of requests whose KV
+        was in a ``lost`` block, which compute it again: `took` tells which count. Returns the plan
+        answered. Raises ValueError for a step not in flight and for a live sequence whose token is
+        missing.
         """
         plan = self._in_flight.pop(step_id, None)
         if plan is None:
             raise ValueError(f"step {step_id} is not in flight; in flight are {[*self._in_flight]}")
+        if lost:
+            self._lose({*lost, *self._left_by_ended()})
+        self._filled.pop(step_id, None)
         for chunk in plan.chunks:
             request = self._requests.get(chunk.seq_id)
             if request is None:
                 continue
             request.num_passes_in_flight -= 1
-            if chunk.sample:
+            if request.is_lost:
+                if request.num_passes_in_flight == 0:
+                    self._recompute(request)
+            elif chunk.sample:
                 if chunk.seq_id not in sampled:
                     raise ValueError(f"step {step_id} brought no token for sequence {chunk.seq_id}")
                 request.output_token_ids.append(sampled[chunk.seq_id])
         return plan
+
+    def took(self, seq_id: int, num_output_tokens: int) -> bool:
+        """Whether a live request has more than ``num_output_tokens``: its last token counted."""
+        request = self._requests.get(seq_id)
+        return request is not None and len(request.output_token_ids) > num_output_tokens
+
+    def given_up(self) -> tuple[Request, ...]:
+        """Requests whose KV was lost `MAX_LOSSES` times; they try on until aborted."""
+        return tuple(r for r in self._requests.values() if r.num_losses >= MAX_LOSSES)
 
     def check_integrity(self) -> None:
         """Assert that queues, statuses, blocks and passes in flight agree, and so does the pool."""
@@ -186,6 +214,55 @@ class Scheduler:
             Counter(block_id for r in waiting for block_id in r.host_block_ids),
         )
 
+    def _left_by_ended(self) -> list[CachedBlock]:
+        """What passes in flight put into the cache for requests that have ended: they may have
+        computed it from lost blocks, and nobody holds these any more to tell."""
+        return [
+            block
+            for filled in self._filled.values()
+            for seq_id, hashes in filled
+            if seq_id not in self._requests
+            for block_hash in hashes
+            for block in self._pool.find(block_hash)
+        ]
+
+    def _lose(self, lost: Collection[CachedBlock]) -> None:
+        """Find all whose KV depends on ``lost`` blocks: theirs from the first such block on is
+        worthless, too, and so is what others took from it."""
+        known: set[CachedBlock] = set()
+        spreading = set(lost)
+        while spreading > known:
+            known = self._pool.forget(spreading)
+            spreading = set(known)
+            for request in self._requests.values():
+                held = [CachedBlock(Tier.DEVICE, b) for b in request.block_ids]
+                held += [CachedBlock(Tier.HOST, b) for b in request.host_block_ids]
+                first = next((i for i, block in enumerate(held) if block in known), None)
+                if first is not None:
+                    spreading.update(held[first:])
+                    if not request.is_lost:
+                        request.num_losses += 1
+                        self.num_losses += 1
+                    request.is_lost = True
+        for request in [r for r in self._requests.values() if r.is_lost]:
+            if request.num_passes_in_flight == 0:
+                self._recompute(request)
+
+    def _recompute(self, request: Request) -> None:
+        """Start over with the tokens that are known; what is still cached of them is found."""
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+            self._pool.free(request.block_ids)
+            request.block_ids = []
+        else:
+            self._waiting.remove(request)
+            self._pool.free_host(request.host_block_ids)
+            request.host_block_ids = []
+        request.is_lost = False
+        request.num_computed_tokens = 0
+        request.status = RequestStatus.WAITING
+        self._waiting.add(request)
+
     def _check_length(self, request: Request) -> None:
         config = self._config
         length = len(request.prompt_token_ids)
@@ -208,7 +285,7 @@ class Scheduler:
     def _add_decodes(self, draft: _Draft) -> None:
         """One token of each sequence that has its last one, dealt evenly over the passes."""
         limit = -(-len(self._running) // self._config.max_passes_in_flight)
-        ready = [request for request in self._running if request.num_tokens_to_compute == 1]
+        ready = [r for r in self._running if r.num_tokens_to_compute == 1 and not r.is_lost]
         ready.sort(key=lambda request: request.last_step_id)
         for request in ready:
             if draft.num_tokens_left == 0 or len(draft.chunks) == limit:
@@ -224,7 +301,7 @@ class Scheduler:
         for request in self._running:
             if draft.num_tokens_left == 0:
                 return
-            if request.num_tokens_to_compute > 1:
+            if request.num_tokens_to_compute > 1 and not request.is_lost:
                 self._add_chunk(request, draft)
 
     def _admit(self, draft: _Draft) -> None:
@@ -355,8 +432,9 @@ class Scheduler:
         for request, start, stop in draft.filled if self._pool.enable_prefix_caching else ():
             first, end = start // block_size, stop // block_size
             if first < end:
-                hashes = request.block_hashes(end, block_size)
-                self._pool.cache_full_blocks(request.block_ids[first:end], hashes[first:])
+                hashes = request.block_hashes(end, block_size)[first:]
+                self._pool.cache_full_blocks(request.block_ids[first:end], hashes)
+                self._filled.setdefault(draft.step_id, []).append((request.seq_id, hashes))
 
     def _end(self, seq_id: int, status: RequestStatus) -> None:
         request = self._requests.pop(seq_id, None)

@@ -20,6 +20,7 @@ from giantserve.sampling_row import SamplingRow
 from giantserve.shard_spec import ShardSpec
 from giantserve.step import NewSequence, SampledToken, SequenceChunk, StepPlan, StepResult
 from kvcache.arena import Arena
+from kvcache.block_pool import CachedBlock
 from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore
 from kvcache.shard_store import ShardStore
@@ -206,6 +207,16 @@ class Shard:
         return StepResult(
             step_id=plan.step_id, tokens=tokens, prompt_logprobs=prompts, elapsed_s=elapsed
         )
+
+    @property
+    def may_lose_blocks(self) -> bool:
+        """Whether KV blocks lie where they can be lost."""
+        return self._plan.num_rotating_nvme_blocks > 0
+
+    def take_lost(self) -> tuple[CachedBlock, ...]:
+        """The blocks lost since the last call: the passes since then computed nonsense from
+        them."""
+        return () if self._rotation is None else self._rotation.take_lost()
 
     def _compute(self, plan: StepPlan) -> tuple[tuple[SampledToken, ...], dict[int, Any]] | None:
         specs = []

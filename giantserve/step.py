@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from giantserve.outputs import PositionLogprobs
 from giantserve.sampling_params import SamplingParams
 from kvcache.block_copy import BlockCopy as BlockCopy
+from kvcache.block_pool import CachedBlock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +70,12 @@ class StepResult:
     """What the last stage's first rank returns for a pass.
 
     ``prompt_logprobs[seq_id]`` are those of the positions that follow this chunk's tokens within
-    the prompt: entry i belongs to prompt token ``start + i + 1``.
+    the prompt: entry i belongs to prompt token ``start + i + 1``. ``lost`` are blocks whose content
+    a tier lost: whatever the pass computed from them is worthless.
     """
 
     step_id: int
     tokens: tuple[SampledToken, ...]
     prompt_logprobs: dict[int, tuple[PositionLogprobs, ...]]
     elapsed_s: float
+    lost: tuple[CachedBlock, ...] = ()

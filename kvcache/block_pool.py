@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from kvcache.block_copy import BlockCopy
@@ -176,6 +176,24 @@ class BlockPool:
         """Give back the host blocks of a preempted sequence."""
         for host_id in reversed(host_ids):
             self._host.release(host_id)
+
+    def find(self, block_hash: bytes) -> list[CachedBlock]:
+        """Where that content is cached: at most one block on each tier."""
+        places = ((Tier.DEVICE, self._device), (Tier.HOST, self._host))
+        found = ((tier, blocks.find(block_hash)) for tier, blocks in places)
+        return [CachedBlock(tier, block_id) for tier, block_id in found if block_id is not None]
+
+    def forget(self, lost: Collection[CachedBlock]) -> set[CachedBlock]:
+        """No prompt may match the content of ``lost`` blocks any more, nor its copy on the other
+        tier. Returns all of them."""
+        found = set(lost)
+        for tier, block_id in lost:
+            block_hash = (self._device if tier is Tier.DEVICE else self._host).hash_of(block_id)
+            if block_hash is not None:
+                found.update(self.find(block_hash))
+        for tier, block_id in found:
+            (self._device if tier is Tier.DEVICE else self._host).forget(block_id)
+        return found
 
     def take_copies(self) -> tuple[BlockCopy, ...]:
         """The copies ordered since the last call; the caller now owes their execution, in order."""

@@ -62,20 +62,6 @@ class CorruptUnitError(StoreError):
         )
 
 
-class CorruptBlockError(TierError):
-    """A KV block's bytes on NVMe are not the bytes that were written."""
-
-    def __init__(self, block: int) -> None:
-        super().__init__(block)
-        self.block = block
-
-    def __str__(self) -> str:
-        return (
-            f"KV block {self.block} fails its checksum: the disk changed it; its tokens must be "
-            "computed again"
-        )
-
-
 class BackendUnavailableError(TierError):
     """A storage backend was asked for that this machine cannot run; the message says what to
     install."""

@@ -8,6 +8,7 @@ written back, so that the batch is bounded by host and NVMe memory and each weig
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ from pathlib import Path
 import torch
 
 from kvcache.arena import ALIGNMENT, Arena
+from kvcache.block_pool import CachedBlock
 from kvcache.checksum import PieceChecksum
-from kvcache.errors import CorruptBlockError
 from kvcache.kv_file import KVFile
 from kvcache.kv_store import KVStore, KVViews, layer_views
 from kvcache.micro_batch import MicroBatch
@@ -32,6 +33,8 @@ NUM_BUFFERS = 3
 
 CHUNK_BYTES = 1 << 20
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(slots=True, eq=False)
 class _Job:
@@ -41,7 +44,7 @@ class _Job:
     micro_batch: MicroBatch
     buffer: int
     reads: list[tuple[slice, Future[None]]] = field(default_factory=list)
-    writes: list[Future[None]] = field(default_factory=list)
+    writes: list[tuple[slice, Future[None]]] = field(default_factory=list)
 
 
 class KVRotation:
@@ -91,6 +94,7 @@ class KVRotation:
         self.transfers = TransferStats()
         self._jobs: list[_Job] = []
         self._at = 0
+        self._lost: set[CachedBlock] = set()
 
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Start a pass: the first reads are on their way when this returns."""
@@ -108,7 +112,7 @@ class KVRotation:
         """The next micro-batch's keys and values at ``layer``, a block a slot: [num_slots,
         block_size, heads, dim] each. Waits for reads. Valid, and writable, until `put_back`.
 
-        Raises StorageError or CorruptBlockError.
+        What cannot be read, or fails its checksum, comes as zeros and counts as lost.
         """
         job = self._jobs[self._at]
         assert job.layer == self._places[layer], f"layer {layer} is not what comes next"
@@ -140,9 +144,19 @@ class KVRotation:
                 future.exception()
             self._wait_for_writes(job)
 
-    def save(self, block: int, row: torch.Tensor) -> None:
-        """Copy a whole block to ``row`` [block_bytes] in memory."""
+    def take_lost(self) -> tuple[CachedBlock, ...]:
+        """The blocks whose content was lost since the last call: rotating ones, and host blocks
+        that were to take theirs."""
+        lost, self._lost = tuple(self._lost), set()
+        return lost
+
+    def save(self, block: int, row: torch.Tensor, target: CachedBlock) -> None:
+        """Copy a whole block to ``row`` [block_bytes] in memory, the content of ``target``."""
+        before, self._lost = self._lost, set()
         self._move(block, row, write=False)
+        if self._lost:
+            self._lost.add(target)
+        self._lost |= before
 
     def restore(self, row: torch.Tensor, block: int) -> None:
         """Copy ``row`` [block_bytes] in memory to a whole block."""
@@ -205,14 +219,27 @@ class KVRotation:
 
     def _wait_for_reads(self, job: _Job, landing: torch.Tensor) -> None:
         for run, future in job.reads:
-            future.result()
+            if (error := future.exception()) is not None:
+                logger.warning("KV is lost: %s", error)
+                self._lose(job, run, range(run.stop - run.start), landing)
+                continue
             block = job.micro_batch.blocks[run.start] - self._first_nvme
-            count = run.stop - run.start
             found = self._checks[job.layer].of(landing[run])
-            wrong = (found != self._sums[job.layer, block : block + count]).nonzero()
-            if wrong.numel():
-                raise CorruptBlockError(self._first_nvme + block + int(wrong[0]))
+            known = self._sums[job.layer, block : block + run.stop - run.start]
+            if wrong := (found != known).nonzero().flatten().tolist():
+                logger.warning("KV is lost: %d blocks fail their checksum", len(wrong))
+                self._lose(job, run, wrong, landing)
         job.reads.clear()
+
+    def _lose(
+        self, job: _Job, run: slice, places: Sequence[int], landing: torch.Tensor | None = None
+    ) -> None:
+        """The blocks at ``places`` within the slots ``run`` have lost their content."""
+        for place in places:
+            slot = run.start + place
+            self._lost.add(CachedBlock(Tier.DEVICE, job.micro_batch.blocks[slot]))
+            if landing is not None:
+                landing[slot] = 0
 
     def _scatter(self, job: _Job) -> None:
         """Bring the written slots home; to NVMe behind the computation."""
@@ -237,21 +264,24 @@ class KVRotation:
         for run in _runs(micro_batch.blocks, behind):
             if landing is not buffer:
                 landing[run].copy_(buffer[run])
-            self._write(job, micro_batch.blocks[run.start] - self._first_nvme, landing[run])
+            self._write(job, run, landing[run])
 
-    def _write(self, job: _Job, block: int, pieces: torch.Tensor) -> None:
+    def _write(self, job: _Job, run: slice, pieces: torch.Tensor) -> None:
         assert self._file is not None
+        block = job.micro_batch.blocks[run.start] - self._first_nvme
         sums = self._checks[job.layer].of(pieces)
         self._sums[job.layer, block : block + pieces.shape[0]] = sums
         link = Link("kv", Tier.DEVICE, Tier.NVME)
         self.transfers.begin(link)
         future = self._file.submit_write(job.layer, block, pieces.flatten())
         future.add_done_callback(partial(self._count, link, pieces.nbytes))
-        job.writes.append(future)
+        job.writes.append((run, future))
 
     def _wait_for_writes(self, job: _Job) -> None:
-        for future in job.writes:
-            future.result()
+        for run, future in job.writes:
+            if (error := future.exception()) is not None:
+                logger.warning("KV is lost: %s", error)
+                self._lose(job, run, range(run.stop - run.start))
         job.writes.clear()
 
     def _move(self, block: int, row: torch.Tensor, *, write: bool) -> None:

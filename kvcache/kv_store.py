@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from kvcache.arena import Arena
+from kvcache.block_pool import CachedBlock
 from kvcache.layout import KVLayout, LayerPiece
 from kvcache.tier import Tier
 
@@ -21,7 +22,7 @@ KVViews = tuple[torch.Tensor, torch.Tensor]
 class WholeBlocks(Protocol):
     """Blocks that lie elsewhere (kvcache.kv_rotation.KVRotation)."""
 
-    def save(self, block: int, row: torch.Tensor) -> None: ...
+    def save(self, block: int, row: torch.Tensor, target: CachedBlock) -> None: ...
     def restore(self, row: torch.Tensor, block: int) -> None: ...
 
 
@@ -78,7 +79,8 @@ class KVStore:
         """Copy one block between tiers; in order with what the device computes."""
         if source is Tier.DEVICE and source_id >= self.num_device_blocks:
             assert self._rotation is not None
-            self._rotation.save(source_id, self._blocks[target][target_id])
+            to = CachedBlock(target, target_id)
+            self._rotation.save(source_id, self._blocks[target][target_id], to)
         elif target is Tier.DEVICE and target_id >= self.num_device_blocks:
             assert self._rotation is not None
             self._rotation.restore(self._blocks[source][source_id], target_id)

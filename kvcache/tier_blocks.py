@@ -80,15 +80,28 @@ class TierBlocks:
         self._references[block_id] -= 1
         if self._references[block_id] == 0:
             if self._hashes[block_id] is None:
-                blank = self._preferred if block_id < self._num_preferred else self._blank
-                blank.append(block_id)
+                self._add_blank(block_id)
             else:
                 self._idle[block_id] = None
+
+    def _add_blank(self, block_id: int) -> None:
+        (self._preferred if block_id < self._num_preferred else self._blank).append(block_id)
 
     def touch(self, block_id: int) -> None:
         """Make a block the most recently used, if it is idle."""
         if block_id in self._idle:
             self._idle.move_to_end(block_id)
+
+    def forget(self, block_id: int) -> None:
+        """Make the content of a block, if it has any, unfindable: it is worthless."""
+        block_hash = self._hashes[block_id]
+        if block_hash is None:
+            return
+        self._hashes[block_id] = None
+        del self._by_hash[block_hash]
+        if block_id in self._idle:
+            del self._idle[block_id]
+            self._add_blank(block_id)
 
     def register(self, block_id: int, block_hash: bytes) -> None:
         """Make the content of a held block findable, unless another block offers the same."""

@@ -8,7 +8,9 @@ import secrets
 import socket
 import threading
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection, Listener, wait
 from typing import Any
 
@@ -17,6 +19,7 @@ from giantserve.executor.messages import (
     Failure,
     Hello,
     LoadProgress,
+    PassDone,
     Ready,
     Rendezvous,
     Setup,
@@ -42,6 +45,9 @@ class Executor(ABC):
     def __init__(self, specs: list[ShardSpec], host: str, on_progress: ProgressCallback) -> None:
         self._connections: dict[int, Connection[Any, Any]] = {}
         self._stats: dict[int, dict[str, Any]] = {}
+        self._confirms = specs[0].plan.num_rotating_nvme_blocks > 0
+        self._done: dict[int, list[PassDone]] = defaultdict(list)
+        self._arrived: list[StepResult] = []
         self._wake_read, self._wake_write = os.pipe()
         self._closed = False
         self._broken = False
@@ -144,19 +150,33 @@ class Executor(ABC):
     def results(self, timeout_s: float | None) -> list[StepResult]:
         """Results that have arrived; waits up to ``timeout_s`` for the first, or until woken.
 
+        Where blocks can be lost, a result has arrived when every shard has said what it lost.
         Raises what a shard failed with, or EngineDeadError where one is gone.
         """
-        results = []
         for rank in self._readable(set(self._connections), timeout_s):
             while True:
                 message = self._receive(rank)
                 if isinstance(message, StepResult):
-                    results.append(message)
+                    self._arrived.append(message)
+                elif isinstance(message, PassDone):
+                    self._done[message.step_id].append(message)
                 elif isinstance(message, Stats):
                     self._stats[rank] = message.values
                 if not self._connections[rank].poll():
                     break
-        return results
+        results, self._arrived = self._arrived, []
+        return self._confirmed(results) if self._confirms else results
+
+    def _confirmed(self, results: list[StepResult]) -> list[StepResult]:
+        """Those that all shards have confirmed, with what they lost; the others arrive later."""
+        confirmed = []
+        for result in results:
+            if len(self._done[result.step_id]) < len(self._connections):
+                self._arrived.append(result)
+                continue
+            lost = {block for done in self._done.pop(result.step_id) for block in done.lost}
+            confirmed.append(replace(result, lost=tuple(lost)))
+        return confirmed
 
     def wake(self) -> None:
         """Make a waiting `results` return. From any thread."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from giantserve.shard_spec import ShardSpec
+from kvcache.block_pool import CachedBlock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,14 @@ class LoadProgress:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """The worker's shard is loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassDone:
+    """A worker whose blocks can be lost has run a pass, and lost these."""
+
+    step_id: int
+    lost: tuple[CachedBlock, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

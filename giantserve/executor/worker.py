@@ -19,6 +19,7 @@ from giantserve.executor.messages import (
     Failure,
     Hello,
     LoadProgress,
+    PassDone,
     Ready,
     Rendezvous,
     Setup,
@@ -143,6 +144,8 @@ def _serve(shard: Shard, connection: Connection[Any, Any], rank: int) -> None:
         message = connection.recv()
         if isinstance(message, StepPlan):
             result = shard.run(message)
+            if shard.may_lose_blocks:
+                connection.send(PassDone(step_id=message.step_id, lost=shard.take_lost()))
             if result is not None:
                 connection.send(result)
         elif isinstance(message, StatsRequest):

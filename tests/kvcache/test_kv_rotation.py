@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.arena import Arena
+from kvcache.block_pool import CachedBlock
 from kvcache.checksum import PieceChecksum
-from kvcache.errors import CorruptBlockError
 from kvcache.kv_rotation import NUM_BUFFERS, KVRotation
 from kvcache.kv_store import KVStore
 from kvcache.layout import KVLayerSpec, KVLayout
@@ -112,25 +112,34 @@ def test_whole_blocks_go_down_and_come_up_again(tmp_path: Path) -> None:
 def test_a_flipped_bit_on_disk_is_found(tmp_path: Path) -> None:
     block = DEVICE + HOST + 2
     use = {0: BlockUse(block_ids=(block,), num_loaded=1, first_written=0)}
-    with rotation(tmp_path) as (_, rotating):
-        for flip in (False, True):
-            rotating.begin(deal(use, SLOTS))
-            for spec in LAYOUT.layers:
-                if flip and spec.layer == 4:
-                    with pytest.raises(CorruptBlockError) as caught:
-                        rotating.take(spec.layer)
-                    assert caught.value.block == block
-                    break
-                rotating.take(spec.layer)[0].fill_(1.0)
-                rotating.put_back()
-            rotating.end()
-            assert rotating._file is not None
-            file = rotating._file._file
-            target = Arena(Tier.HOST, 4096).allocate(4096)
-            offset = rotating._file._offset(1, 2)
-            rotating._file._backend.read(file, offset, target)
-            target[17] ^= 4
-            rotating._file._backend.write(file, offset, target)
+    micro_batches = deal(use, SLOTS)
+    with rotation(tmp_path) as (store, rotating):
+        rotating.begin(micro_batches)
+        for spec in LAYOUT.layers:
+            rotating.take(spec.layer)[0].fill_(1.0)
+            rotating.put_back()
+        rotating.end()
+        assert rotating.take_lost() == ()
+        assert rotating._file is not None
+        file, offset = rotating._file._file, rotating._file._offset(1, 2)
+        page = Arena(Tier.HOST, 4096).allocate(4096)
+        rotating._file._backend.read(file, offset, page)
+        page[17] ^= 4
+        rotating._file._backend.write(file, offset, page)
+        rotating.begin(micro_batches)
+        for spec in LAYOUT.layers:
+            keys, _ = rotating.take(spec.layer)
+            assert (keys[0] == (0.0 if spec.layer == 4 else 1.0)).all()
+            rotating.put_back()
+        rotating.end()
+        lost = CachedBlock(Tier.DEVICE, block)
+        assert rotating.take_lost() == (lost,)
+        assert rotating.take_lost() == ()
+        store.copy(Tier.DEVICE, block, Tier.HOST, 1)
+        assert rotating.take_lost() == (), "what was written since is whole"
+        rotating._file._backend.write(file, offset, page)
+        store.copy(Tier.DEVICE, block, Tier.HOST, 1)
+        assert set(rotating.take_lost()) == {lost, CachedBlock(Tier.HOST, 1)}
 
 
 def test_the_buffers_are_counted(tmp_path: Path) -> None:

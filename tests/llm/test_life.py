@@ -84,6 +84,7 @@ def test_statistics_count_the_bytes_of_each_tier(
     assert 0 < stats["roofline_fraction"] < 1.5
     assert shard["busy_s"] > 0 and shard["passes"] == stats["passes"]
     assert stats["kv"] == {
+        "losses": 0,
         "device_blocks": 64,
         "device_blocks_free": 64,
         "rotating_blocks": 0,

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 from giantserve.request import Request
 from giantserve.step import NewSequence, SequenceChunk, StepPlan
+from kvcache.block_pool import CachedBlock
 from kvcache.tier import Tier
 
 VOCAB = 8
+NONSENSE = "nonsense"
 
 
 def next_token(tenant: str, context: Sequence[int], banned: Sequence[int]) -> int:
@@ -24,6 +26,7 @@ class _Sequence:
         self.new = new
         self.block_ids = list(new.block_ids)
         self.output = list(new.output_token_ids)
+        self.is_nonsense = False
 
     @property
     def tokens(self) -> list[int]:
@@ -37,6 +40,9 @@ class ModelShard:
     chunk's context from earlier passes is checked before the pass writes anything (so no chunk may
     lean on a block that another chunk of the same pass fills), and all contexts again after all
     have written (so no two chunks write to the same place).
+
+    `damage` makes a block unreadable: passes that need it report it, and what they compute from it,
+    or from what was computed from it, is `NONSENSE`.
     """
 
     def __init__(
@@ -51,24 +57,39 @@ class ModelShard:
         self.sequences: dict[int, _Sequence] = {}
         self.queue: deque[StepPlan] = deque()
         self.num_copies = {Tier.DEVICE: 0, Tier.HOST: 0}
+        self.damaged: set[int] = set()
+        self.lost: set[CachedBlock] = set()
 
     def submit(self, plan: StepPlan) -> None:
         self.queue.append(plan)
 
-    def run_next(self) -> tuple[int, dict[int, int]]:
-        """Execute the oldest plan: its id and the token of each sampling chunk."""
+    def damage(self, block_id: int) -> None:
+        """Whoever reads this device block from now on finds it lost, until it is written anew."""
+        self.damaged.add(block_id)
+
+    def run_next(self) -> tuple[int, dict[int, int], set[CachedBlock]]:
+        """Execute the oldest plan: its id, the token of each sampling chunk, and lost blocks."""
+        self.lost = set()
         plan = self.queue.popleft()
         for seq_id in plan.finished:
             del self.sequences[seq_id]
         for new in plan.new:
             assert new.prompt_token_ids == self.request_of(new.seq_id).prompt_token_ids
             old = self.sequences.get(new.seq_id)
-            assert new.output_token_ids == (tuple(old.output) if old else ())
+            if not self.request_of(new.seq_id).num_losses:  # whose last tokens do not count
+                assert new.output_token_ids == (tuple(old.output) if old else ())
             self.sequences[new.seq_id] = _Sequence(new)
         for copy in plan.copies:
             content = self.memory[copy.source][copy.source_id]
             assert content, "a block is copied that was never written"
+            source = CachedBlock(copy.source, copy.source_id)
+            target = CachedBlock(copy.target, copy.target_id)
+            if copy.target is Tier.DEVICE:
+                self.damaged.discard(copy.target_id)
             self.memory[copy.target][copy.target_id] = dict(content)
+            if copy.source is Tier.DEVICE and copy.source_id in self.damaged:
+                self.lost |= {source, target}
+                self.memory[copy.target][copy.target_id] = dict.fromkeys(content, NONSENSE)
             self.num_copies[copy.target] += 1
         assert len({chunk.seq_id for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
@@ -80,7 +101,8 @@ class ModelShard:
             self._write(chunk)
         for chunk in plan.chunks:
             self._check_context(chunk, chunk.start + len(chunk.token_ids))
-        return plan.step_id, {c.seq_id: self._sample(c) for c in plan.chunks if c.sample}
+        tokens = {c.seq_id: self._sample(c) for c in plan.chunks if c.sample}
+        return plan.step_id, tokens, self.lost
 
     def _value(self, seq_id: int, position: int) -> object:
         tokens = self.sequences[seq_id].tokens
@@ -91,8 +113,17 @@ class ModelShard:
         return self.memory[Tier.DEVICE][block_id], position % self.block_size
 
     def _check_context(self, chunk: SequenceChunk, stop: int) -> None:
+        sequence = self.sequences[chunk.seq_id]
         for position in range(stop):
             block, offset = self._slot(chunk.seq_id, position)
+            block_id = sequence.block_ids[position // self.block_size]
+            if block_id in self.damaged:
+                self.lost.add(CachedBlock(Tier.DEVICE, block_id))
+                sequence.is_nonsense = True
+            if block.get(offset) == NONSENSE:
+                sequence.is_nonsense = True
+            if sequence.is_nonsense:
+                continue
             expected = self._value(chunk.seq_id, position)
             assert block.get(offset) == expected, (
                 f"sequence {chunk.seq_id}, position {position}: {block.get(offset)} for {expected}"
@@ -107,12 +138,17 @@ class ModelShard:
             block, offset = self._slot(chunk.seq_id, position)
             if offset == 0:
                 block.clear()
-            block[offset] = self._value(chunk.seq_id, position)
+                table = self.sequences[chunk.seq_id].block_ids
+                self.damaged.discard(table[position // self.block_size])
+            nonsense = self.sequences[chunk.seq_id].is_nonsense
+            block[offset] = NONSENSE if nonsense else self._value(chunk.seq_id, position)
 
     def _sample(self, chunk: SequenceChunk) -> int:
         sequence, request = self.sequences[chunk.seq_id], self.request_of(chunk.seq_id)
         barred = len(sequence.output) < request.sampling.min_tokens
         assert chunk.banned_token_ids == (request.end_token_ids if barred else ())
         token = next_token(request.tenant, sequence.tokens, chunk.banned_token_ids)
+        if sequence.is_nonsense:
+            token = (token + 1) % VOCAB
         sequence.output.append(token)
         return token

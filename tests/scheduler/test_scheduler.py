@@ -7,10 +7,10 @@ import pytest
 from giantserve.errors import ConfigError, InvalidRequestError, QueueFullError
 from giantserve.request import Request, RequestStatus
 from giantserve.sampling_params import SamplingParams
-from giantserve.scheduler import Scheduler, SchedulerConfig
+from giantserve.scheduler import MAX_LOSSES, Scheduler, SchedulerConfig
 from giantserve.step import NewSequence, SequenceChunk, StepPlan
 from kvcache.block_copy import BlockCopy
-from kvcache.block_pool import BlockPool
+from kvcache.block_pool import BlockPool, CachedBlock
 from kvcache.tier import Tier
 
 
@@ -393,3 +393,40 @@ def test_wrong_results_and_limits_are_refused() -> None:
         Scheduler(SchedulerConfig(**limits), pool, clock)
     with pytest.raises(ConfigError, match="max_num_seqs is 0; it must be at least 1"):
         SchedulerConfig(**(limits | {"max_num_seqs": 0}))
+
+
+def test_lost_blocks_are_computed_again_by_all_who_lean_on_them() -> None:
+    scheduler, _, _ = make(device=12, caching=True)
+    shared = tuple(range(8))
+    scheduler.add(request(1, (*shared, 20)))
+    scheduler.schedule()
+    scheduler.on_result(0, {1: 7})
+    scheduler.add(request(2, (*shared, 21)))
+    scheduler.add(request(3, (50, 51)))
+    plan = scheduler.schedule()
+    assert plan is not None and [chunk.seq_id for chunk in plan.chunks] == [1, 2, 3]
+    second = plan.new[0].block_ids[1]
+    lost = CachedBlock(Tier.DEVICE, second)
+    scheduler.on_result(1, {1: 8, 2: 8, 3: 8}, [lost])
+    assert [scheduler.took(seq_id, count) for seq_id, count in ((1, 1), (2, 0), (3, 0))] == [
+        False,
+        False,
+        True,
+    ]
+    scheduler.check_integrity()
+    # the first block of the prefix is still good, the second is computed again
+    plan = scheduler.schedule()
+    assert plan is not None
+    starts = {chunk.seq_id: (chunk.start, len(chunk.token_ids)) for chunk in plan.chunks}
+    assert starts == {3: (2, 1), 1: (4, 6), 2: (4, 5)}
+    assert scheduler.given_up() == ()
+    for step_id in range(2, 2 * MAX_LOSSES):
+        table = next(r.block_ids for r in scheduler._running if r.seq_id == 1)
+        scheduler.on_result(step_id, {1: 8, 2: 8, 3: 8}, [CachedBlock(Tier.DEVICE, table[-1])])
+        if scheduler.given_up():
+            break
+        scheduler.schedule()
+    assert [r.seq_id for r in scheduler.given_up()] == [1]
+    scheduler.abort(1)
+    assert scheduler.given_up() == ()
+    scheduler.check_integrity()

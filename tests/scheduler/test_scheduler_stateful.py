@@ -23,6 +23,7 @@ from giantserve.sampling_params import SamplingParams
 from giantserve.scheduler import Scheduler, SchedulerConfig
 from giantserve.step import StepPlan
 from kvcache.block_pool import BlockPool
+from kvcache.tier import Tier
 
 MAX_MODEL_LEN = 24
 
@@ -144,8 +145,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.shard.queue)
     @rule()
     def result(self) -> None:
-        step_id, tokens = self.shard.run_next()
-        self.scheduler.on_result(step_id, tokens)
+        step_id, tokens, lost = self.shard.run_next()
+        known = {seq_id: len(self.requests[seq_id].output_token_ids) for seq_id in tokens}
+        self.scheduler.on_result(step_id, tokens, lost)
+        self.totals["lost"] += len(lost)
         self.sampling -= tokens.keys()
         for seq_id, token in tokens.items():
             request = self.requests[seq_id]
@@ -153,12 +156,25 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.totals["ignored"] += 1
                 assert request.status is RequestStatus.ABORTED
                 continue
+            if not self.scheduler.took(seq_id, known[seq_id]):
+                assert request.num_losses
+                self.totals["computed again"] += 1
+                continue
             assert request.output_token_ids[-1] == token
             if token == 0 or request.num_tokens == request.max_num_tokens(MAX_MODEL_LEN):
                 self.scheduler.finish(seq_id)
                 self.open.discard(seq_id)
                 self._check_output(request)
                 self.totals["finished"] += 1
+
+    @precondition(lambda self: any(self.requests[i].block_ids for i in self.open))
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        """A block of a running sequence cannot be read any more."""
+        held = sorted({block for i in self.open for block in self.requests[i].block_ids})
+        block_id = data.draw(st.sampled_from(held))
+        if self.shard.memory[Tier.DEVICE][block_id]:
+            self.shard.damage(block_id)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -238,6 +254,8 @@ EVENTS = (
     "aborted on host",
     "to host",
     "to device",
+    "lost",
+    "computed again",
 )
 
 
