@@ -7,7 +7,6 @@ from pathlib import Path
 
 from kvcache.tier import TierBudget
 from partition.bandwidths import RESOURCES, Bandwidths
-from partition.codec import decode
 from partition.errors import FieldError, PlanError
 from partition.links import Link
 from partition.yaml_lines import YamlDocument
@@ -189,8 +188,10 @@ class ClusterSpec:
                 source = source.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise PlanError(f"cannot read the cluster from {name}: {error}") from None
+        from partition.cluster_yaml import cluster_of
+
         document = YamlDocument.parse(source, name)
         try:
-            return decode(cls, document.values)
+            return cluster_of(document.values)
         except FieldError as error:
             raise PlanError(f"{document.at(error.where)}: {error}") from None

@@ -15,6 +15,9 @@ from partition.errors import FieldError, PlanError
 
 T = TypeVar("T")
 
+SIZES = ("_bytes", "host_memory", "capacity")
+"""How the names of fields end that take a size ("2GiB") for an integer."""
+
 
 def encode(value: Any) -> Any:
     """``value`` as dicts, lists, strings and numbers."""
@@ -30,8 +33,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(cls: type[T], data: Any, where: str = "") -> T:
-    """Rebuild a ``cls`` from `encode`'s form. Sizes may be strings ("2GiB") in fields named
-    ``*_bytes``.
+    """Rebuild a ``cls`` from `encode`'s form. Fields named as in `SIZES` take sizes, too.
 
     Raises FieldError naming the key (as a path from ``where``) that is missing, unknown or of a
     wrong type.
@@ -45,11 +47,11 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         kinds = [arg for arg in typing.get_args(kind) if arg is not type(None)]
         return None if data is None else _decode(kinds[0], data, where)
     if origin is tuple:
-        _expect(isinstance(data, list), where, "a list", data)
+        expect(isinstance(data, list), where, "a list", data)
         item = typing.get_args(kind)[0]
         return tuple(_decode(item, value, f"{where}[{i}]") for i, value in enumerate(data))
     if origin is dict:
-        _expect(
+        expect(
             isinstance(data, dict) and all(isinstance(k, str) for k in data), where, "a map", data
         )
         item = typing.get_args(kind)[1]
@@ -58,13 +60,12 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return _decode_dataclass(kind, data, where)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         values = [member.value for member in kind]
-        _expect(data in values, where, f"one of {', '.join(map(str, values))}", data)
+        expect(data in values, where, f"one of {', '.join(map(str, values))}", data)
         return kind(data)
     return _decode_scalar(kind, data, where)
 
 
 def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
-    _expect(isinstance(data, dict), where, "a map", data)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     dot = f"{where}." if where else ""
@@ -83,8 +84,9 @@ def _decode_dataclass(cls: Any, data: Any, where: str) -> Any:
         raise FieldError(where, str(error)) from None
 
 
-def known_keys(data: dict[str, Any], where: str, known: tuple[str, ...]) -> None:
-    """Raise FieldError for a key of the map at ``where`` that is not among ``known``."""
+def known_keys(data: Any, where: str, known: tuple[str, ...]) -> None:
+    """Raise FieldError unless ``data``, which stands at ``where``, is a map of ``known`` keys."""
+    expect(isinstance(data, dict), where, "a map", data)
     for key in data:
         if key not in known:
             path = f"{where}.{key}" if where else str(key)
@@ -93,31 +95,32 @@ def known_keys(data: dict[str, Any], where: str, known: tuple[str, ...]) -> None
 
 def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
     if kind is bool:
-        _expect(isinstance(data, bool), where, "true or false", data)
+        expect(isinstance(data, bool), where, "true or false", data)
     elif kind is str:
-        _expect(isinstance(data, str), where, "a string", data)
+        expect(isinstance(data, str), where, "a string", data)
     elif kind is int:
-        if isinstance(data, str) and where.endswith("_bytes"):
+        if isinstance(data, str) and where.endswith(SIZES):
             try:
                 data = parse_byte_size(data)
             except ValueError as error:
                 raise FieldError(where, str(error)) from None
-        _expect(isinstance(data, int) and not isinstance(data, bool), where, "an integer", data)
+        expect(isinstance(data, int) and not isinstance(data, bool), where, "an integer", data)
     elif kind is float:
         if isinstance(data, str):  # YAML reads 1e9 as a string
             try:
                 data = float(data)
             except ValueError:
-                _expect(False, where, "a number", data)
+                expect(False, where, "a number", data)
         number = isinstance(data, (int, float)) and not isinstance(data, bool)
-        _expect(number and math.isfinite(data), where, "a finite number", data)
+        expect(number and math.isfinite(data), where, "a finite number", data)
         data = float(data)
     else:
         raise AssertionError(f"no codec for {kind}")
     return data
 
 
-def _expect(holds: bool, where: str, what: str, data: Any) -> None:
+def expect(holds: bool, where: str, what: str, data: Any) -> None:
+    """Raise FieldError unless ``data``, which stands at ``where``, is what it must be."""
     if not holds:
         containers = {dict: "a map", list: "a list", type(None): "empty"}
         shown = containers.get(type(data)) or repr(data)

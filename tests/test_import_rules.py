@@ -65,6 +65,7 @@ LIGHT = (
     "partition.assembly",
     "partition.bandwidths",
     "partition.cluster",
+    "partition.cluster_yaml",
     "partition.codec",
     "partition.cost",
     "partition.device_pool",

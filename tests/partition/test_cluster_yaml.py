@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from giantserve.cli.main import main
-from partition import ClusterSpec, PlanError
+from kvcache.tier import TierBudget
+from partition import ClusterSpec, DeviceSpec, NodeLink, PlanError, RuntimeRates
+from partition.codec import encode
+from partition.hardware import accelerator, drive, link
 
 GOOD = """
 nodes:
@@ -150,3 +155,143 @@ def test_empty_and_absent_files_are_refused(tmp_path: Path) -> None:
         ClusterSpec.from_yaml("nodes: []")
     with pytest.raises(PlanError, match="cannot read"):
         ClusterSpec.from_yaml(tmp_path / "absent.yaml")
+
+
+SHORT = """
+network: {hardware: 200GbE, ports: 4}
+links: [{nodes: [big-0, small], link: 10GbE}]
+nodes:
+  - name: big
+    nodes: 2
+    hardware: H100-80GB
+    count: 8
+    host_memory: 1TiB
+    nvme: {hardware: Gen4 x4, count: 4, capacity: 4TB}
+  - name: small
+    link: PCIe 4
+    host_memory: 120GiB
+    nvme: {read: 5e9, write: 2e9, capacity: 1TiB}
+    devices:
+      - {hardware: L40S, count: 2}
+      - hardware: RTX 4090
+        name: odd
+        staged: false
+        budget: {device_bytes: 20GiB, host_bytes: 1GiB}
+        bandwidths: {device_memory: 9e11, runtime: {layer_latency_s: 1e-4}}
+"""
+
+
+def test_the_short_form_repeats_divides_and_looks_up() -> None:
+    cluster = ClusterSpec.from_yaml(SHORT)
+    assert [(node.name, len(node.devices)) for node in cluster.nodes] == [
+        ("big-0", 8),
+        ("big-1", 8),
+        ("small", 3),
+    ]
+    assert set(cluster.nodes[0].devices + cluster.nodes[1].devices) == {
+        DeviceSpec(
+            name="H100-80GB",
+            staged=True,
+            budget=TierBudget(
+                device_bytes=72 << 30, host_bytes=128 << 30, nvme_bytes=2_000_000_000_000
+            ),
+            bandwidths=accelerator("H100").bandwidths(drive("Gen4"), 4),
+        )
+    }
+    assert [node.link for node in cluster.nodes] == [link("NVLink4")] * 2 + [link("PCIe 4")]
+    assert [node.shared for node in cluster.nodes] == [("disk",)] * 3
+    port = link("200GbE")
+    assert cluster.network == replace(port, all_reduce_bandwidth=4 * port.bandwidth)
+    slow = link("10GbE")
+    assert cluster.links == (
+        NodeLink(nodes=("big-0", "small"), link=replace(slow, all_reduce_bandwidth=slow.bandwidth)),
+    )
+
+
+def test_what_is_written_overrides_the_library() -> None:
+    first, second, odd = ClusterSpec.from_yaml(SHORT).nodes[-1].devices
+    assert first == second
+    assert first.budget.host_bytes == 40 << 30
+    assert odd.budget == TierBudget(
+        device_bytes=20 << 30, host_bytes=1 << 30, nvme_bytes=(1 << 40) // 3
+    )
+    assert (odd.name, odd.staged) == ("odd", False)
+    known = accelerator("4090").bandwidths(drive("Gen3"))
+    assert odd.bandwidths == replace(
+        known,
+        device_memory=9e11,
+        disk_read=5e9,
+        disk_write=2e9,
+        runtime=RuntimeRates(layer_latency_s=1e-4),
+    )
+
+
+def test_a_name_and_the_numbers_that_it_stands_for_are_the_same_cluster() -> None:
+    short = ClusterSpec.from_yaml("nodes: [{hardware: H200, count: 2, host_memory: 64GiB}]")
+    assert ClusterSpec.from_yaml(yaml.safe_dump(encode(short))) == short
+    assert short.nodes[0].devices[0].budget.nvme_bytes == 0
+    assert short.nodes[0].name == "node-0"
+    named = "{hardware: NVLink4, bandwidth: 1e11}"
+    joined = ClusterSpec.from_yaml(
+        f"nodes: [{{hardware: H200, nodes: 2, link: {named}, host_memory: 0}}]\nnetwork: "
+        "{hardware: NDR, all_reduce_bandwidth: 7e9}"
+    )
+    assert [node.name for node in joined.nodes] == ["node-0", "node-1"]
+    assert joined.nodes[0].link == replace(link("NVLink4"), bandwidth=1e11)
+    assert joined.network == replace(link("NDR"), all_reduce_bandwidth=7e9)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        ("H100-80GB", "H100-SX", 7, "nodes[0].hardware: 'H100-SX' is not known; did you mean H100"),
+        ("L40S", "L40", 16, "nodes[1].devices[0].hardware: 'L40' is not known; did you mean L40S"),
+        ("Gen4 x4", "Gen9", 10, "nodes[0].nvme.hardware: 'Gen9' is not known; did you mean Gen3"),
+        ("200GbE", "20GbE", 2, "network.hardware: '20GbE' is not known; did you mean"),
+        ("10GbE", "wire", 3, "links[0].link: 'wire' is not known; there are NVLink3, NVLink4"),
+        ("PCIe 4", "PCIe 9", 12, "nodes[1].link: 'PCIe 9' is not known; did you mean PCIe"),
+        ("big-0", "big", 3, "links[0].nodes: big is no node; there are big-0, big-1, small"),
+        ("count: 8", "count: 0", 8, "nodes[0].count: 0 cannot be; give 1 to 10000"),
+        ("nodes: 2", "nodes: 99999", 6, "nodes[0].nodes: 99999 cannot be; give 1 to 10000"),
+        ("ports: 4", "ports: -4", 2, "network.ports: -4 cannot be; give 1 to 10000"),
+        ("ports: 4", "port: 4", 2, "network.port: unknown key; known are hardware, ports, band"),
+        ("link: PCIe 4", "link: {ports: 2}", 12, "nodes[1].link.ports: unknown key; known are"),
+        ("link: PCIe 4", "link: 4", 12, "nodes[1].link: must be a map, but is 4"),
+        ("link: PCIe 4", "count: 2", 12, "nodes[1].count: stands beside devices; put it there"),
+        (", link: 10GbE", "", 3, "links[0].link: missing; add what joins the nodes"),
+        ("host_memory: 1TiB", "host_memory: 1XB", 9, "nodes[0].host_memory: '1XB' is not a size"),
+        ("host_memory: 1TiB", "host_memory: -1", 9, "nodes[0].host_memory: -1 cannot be"),
+        ("host_memory: 1TiB", "staged: true", 5, "nodes[0].host_memory: missing; add what"),
+        ("capacity: 4TB", "capacity: -4", 10, "nodes[0].nvme.capacity: -4 cannot be; give 0 or"),
+        (", capacity: 4TB", "", 10, "nodes[0].nvme.capacity: missing; add it"),
+        ("read: 5e9, ", "", 14, "nodes[1].nvme.read: missing; add it, or hardware"),
+        ("read: 5e9", "read: -5e9", 14, "nodes[1].nvme.read: -5000000000.0 cannot be; it must be"),
+        ("device_memory: 9e11", "device_memory: -9", 21, "nodes[1].devices[1].bandwidths.device_"),
+        ("device_bytes: 20GiB", "device_bytes: -1", 20, "nodes[1].devices[1].budget.device_bytes"),
+        ("{device_bytes: 20GiB, host_bytes: 1GiB}", "5", 20, "nodes[1].devices[1].budget: must be"),
+        ("hardware: RTX 4090", "count: 1", 21, "nodes[1].devices[1].bandwidths.host_to_device: mi"),
+        ("name: odd", "colour: odd", 18, "nodes[1].devices[1].colour: unknown key; known are name"),
+    ],
+)
+def test_nonsense_in_the_short_form_is_refused_with_its_line(
+    old: str, new: str, line: int, said: str
+) -> None:
+    assert old in SHORT
+    with pytest.raises(PlanError, match="^" + re.escape(f"line {line}: {said}")):
+        ClusterSpec.from_yaml(SHORT.replace(old, new, 1))
+
+
+def test_unlike_devices_have_no_usual_link() -> None:
+    alike = SHORT.replace("    link: PCIe 4\n", "")
+    assert ClusterSpec.from_yaml(alike) == ClusterSpec.from_yaml(SHORT)
+    with pytest.raises(PlanError, match=r"^line 11: nodes\[1\].link: missing; add what joins"):
+        ClusterSpec.from_yaml(alike.replace("L40S", "H100"))
+
+
+def test_the_examples_are_clusters() -> None:
+    folder = Path(__file__).resolve().parents[2] / "examples"
+    counts = {path.name: ClusterSpec.from_yaml(path) for path in folder.glob("*.yaml")}
+    assert {name: cluster.num_devices for name, cluster in counts.items()} == {
+        "cluster.yaml": 40,
+        "workstations.yaml": 4,
+    }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -100,3 +101,10 @@ def test_newer_hardware_is_never_slower() -> None:
             assert times == sorted(times, reverse=True)
     reads = [drive(f"Gen{generation}").read for generation in (3, 4, 5)]
     assert reads == sorted(reads)
+
+
+def test_the_documentation_lists_every_name() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "planning.md").read_text()
+    listed = text.split("| | names |")[1].split("\n\n")[0]
+    for name in (*ACCELERATORS, *DRIVES, *LINKS):
+        assert re.search(rf"[|,] {re.escape(name)}( \(|,| \|)", listed), name
