@@ -3,9 +3,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from giantserve.cli.main import main
 from kvcache.tier import TierBudget
@@ -279,6 +282,49 @@ def test_nonsense_in_the_short_form_is_refused_with_its_line(
     assert old in SHORT
     with pytest.raises(PlanError, match="^" + re.escape(f"line {line}: {said}")):
         ClusterSpec.from_yaml(SHORT.replace(old, new, 1))
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["H100", "NVLink4", "Gen4", "1GiB", "-1", "1e9", "<<"]),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=4) | st.integers(), st.integers(), max_size=2),
+)
+
+
+def places(tree: Any) -> list[tuple[Any, Any]]:
+    """Every container with every key or index in it."""
+    inside = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    own = [(tree, key) for key, _ in inside]
+    below = tree.values() if isinstance(tree, dict) else tree
+    return own + [
+        place for each in below if isinstance(each, dict | list) for place in places(each)
+    ]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_whatever_is_written_is_a_cluster_or_is_refused_with_a_line(data: st.DataObject) -> None:
+    tree = yaml.safe_load(data.draw(st.sampled_from([GOOD, SHORT])))
+    for _ in range(data.draw(st.integers(1, 2))):
+        container, key = data.draw(st.sampled_from(places(tree)))
+        if isinstance(container, dict) and data.draw(st.booleans()):
+            container[data.draw(st.text(max_size=3))] = container.pop(key)
+        else:
+            container[key] = data.draw(JUNK)
+    text = yaml.safe_dump(tree)
+    try:
+        cluster = ClusterSpec.from_yaml(text)
+    except PlanError as error:
+        said = re.match(r"line (\d+): ", str(error))
+        assert said is not None
+        assert 1 <= int(said[1]) <= text.count("\n") + 1
+    else:
+        assert ClusterSpec.from_yaml(yaml.safe_dump(encode(cluster))) == cluster
 
 
 def test_unlike_devices_have_no_usual_link() -> None:
