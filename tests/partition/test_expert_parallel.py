@@ -119,7 +119,7 @@ def test_the_plan_says_so_and_survives_json(mixtral: ModelProfile) -> None:
     held = [next(p for p in s.placements if p.unit == "layers.0.mlp") for s in made.shards]
     assert held[1].num_bytes - held[0].num_bytes == 3 * INTER * HIDDEN * 2
     assert PartitionPlan.from_json(made.to_json()) == made
-    with pytest.raises(PlanError, match="expert_parallel must be true or false"):
+    with pytest.raises(PlanError, match="expert_parallel: must be true or false"):
         PartitionPlan.from_json(
             made.to_json().replace('"expert_parallel": true', '"expert_parallel": 1')
         )
