@@ -23,13 +23,10 @@ from kvcache.block_pool import CachedBlock
 from kvcache.checksum import PieceChecksum
 from kvcache.kv_file import KVFile
 from kvcache.kv_store import KVStore, KVViews, layer_views
-from kvcache.micro_batch import MicroBatch
+from kvcache.micro_batch import NUM_BUFFERS, MicroBatch
 from kvcache.storage.posix import PosixBackend
 from kvcache.tier import Tier
 from kvcache.transfer_stats import Link, TransferStats
-
-NUM_BUFFERS = 3
-"""One that is attended to, one that is read into, one that is written back."""
 
 CHUNK_BYTES = 1 << 20
 

@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
+NUM_BUFFERS = 3
+"""Of the rotation: one that is attended to, one that is read into, one that is written back."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockUse:
     """What one sequence needs of its blocks in a pass: the first ``num_loaded`` hold earlier

@@ -77,7 +77,12 @@ class Assembly:
             block_size=block_size,
             num_device_blocks=blocks,
             num_host_blocks=sizing.num_host_blocks,
-            max_model_len=min(limit, blocks * block_size),
+            num_rotating_host_blocks=sizing.num_rotating_host_blocks,
+            num_rotating_nvme_blocks=sizing.num_rotating_nvme_blocks,
+            num_rotation_slots=sizing.num_rotation_slots,
+            max_model_len=sizing.max_model_len
+            if sizing.num_rotation_slots
+            else min(limit, blocks * block_size),
             max_num_seqs=sizing.max_num_seqs,
             max_num_batched_tokens=sizing.max_num_batched_tokens,
             forecast=forecast,
@@ -135,6 +140,8 @@ class Assembly:
         limit = self.constraints.max_model_len or self.table.profile.max_position_embeddings
         block_size, now = self.constraints.block_size, self.sizing.num_device_blocks
         wanted = max(0, math.ceil(limit / block_size) - now)
+        rotating = self.sizing.num_rotating_host_blocks + self.sizing.num_rotating_nvme_blocks
+        wanted = rotating or wanted
         spare = [wanted]
         for run, choices in zip(solution.split, solution.choices, strict=True):
             for rank, choice in enumerate(choices):
@@ -177,7 +184,12 @@ class Assembly:
             ),
             ring_bytes=choice.ring_bytes,
             device_kv_bytes=blocks * block_bytes,
-            host_kv_bytes=self.sizing.num_host_blocks * block_bytes,
+            host_kv_bytes=(self.sizing.num_host_blocks + self.sizing.num_rotating_host_blocks)
+            * block_bytes,
+            nvme_kv_bytes=self.sizing.num_rotating_nvme_blocks
+            * self.sizing.piece_bytes
+            * (run[1] - run[0]),
+            rotation_bytes=self.sizing.rotation_bytes,
             workspace_bytes=self.sizing.workspace_bytes,
             staging_bytes=choice.staging_bytes,
         )

@@ -78,12 +78,16 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassShape:
-    """The tokens of a pass and the cache they read: ``num_sequences`` times ``context``
-    positions."""
+    """The tokens of a pass and the cache they read: ``num_sequences`` times ``context`` positions,
+    of which the share ``host_kv`` lies on the host and ``nvme_kv`` on NVMe, in blocks of
+    ``block_size`` tokens that are written back whole."""
 
     num_tokens: int
     num_sequences: int
     context: float
+    host_kv: float = 0.0
+    nvme_kv: float = 0.0
+    block_size: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +116,8 @@ class CostModel:
         The roofline (Williams et al., 2009) extended to tiers as in FlexGen (Sheng et al., 2023):
         weights over device memory, streamed weights over the host link, disk bytes over the disk,
         and 2 FLOP per parameter and token. Attention reads its KV at a rate of its own, or does 4
-        FLOP per head element and position where these take longer.
+        FLOP per head element and position where these take longer. KV that rotates moves as weights
+        do that stream; on NVMe the block that takes a new token is written back.
         """
         runtime, tokens, sampled = rates.runtime, shape.num_tokens, shape.num_sequences
         touched = load.dense_bytes + load.expert_bytes * self._expert_share(tokens)
@@ -120,8 +125,8 @@ class CostModel:
         held = np.maximum(load.dense_bytes + load.expert_bytes, 1.0)
         share = np.minimum(1.0, streamed_bytes / held)
         fast, slow = rates.flops_per_s(tokens), rates.flops_per_s(tokens, streamed=True)
-        kv_s = load.kv_bytes_per_token * (sampled * shape.context)
-        kv_s = kv_s / (runtime.attention or rates.device_memory)
+        kv_bytes = load.kv_bytes_per_token * (sampled * shape.context)
+        kv_s = kv_bytes / (runtime.attention or rates.device_memory)
         scores_s = tokens * load.attention_flops * shape.context / rates.gemm[-1].flops_per_s
         elementwise_s = tokens * load.activation_bytes
         elementwise_s = elementwise_s / (runtime.elementwise or rates.device_memory)
@@ -130,10 +135,14 @@ class CostModel:
         # row-parallel products end each layer's attention and MLP with an all-reduce (Megatron-LM)
         reduce_s = group_link.all_reduce_s(hidden_bytes, self.tensor_parallel)
         send_s = 0.0 if next_link is None else next_link.send_s(hidden_bytes)
-        link_s = streamed_bytes / rates.host_to_device
-        from_host_s = (streamed_bytes - disk_bytes) / rates.host_to_device
+        rotated = kv_bytes * (shape.host_kv + shape.nvme_kv)
+        link_s = (streamed_bytes + rotated) / rates.host_to_device
+        from_host = streamed_bytes - disk_bytes + kv_bytes * shape.host_kv
+        from_host_s = from_host / rates.host_to_device
+        written = load.kv_bytes_per_token * (sampled * shape.block_size * shape.nvme_kv)
+        kv_disk_s = kv_bytes * shape.nvme_kv / rates.disk_read + written / rates.disk_write
         if not rates.copies_overlap:  # there is no link: NVMe is read into place
-            link_s = 0.0
+            link_s = np.asarray(0.0)
         return {
             "device memory": touched / rates.device_memory,
             "compute": products * ((1 - share) / fast + share / slow),
@@ -143,7 +152,7 @@ class CostModel:
             "latency": load.num_layers * runtime.layer_latency_s + runtime.pass_latency_s,
             "copies": np.asarray(0.0 if rates.copies_overlap else from_host_s),
             "host link": np.asarray(link_s),
-            "disk": np.asarray(disk_bytes / rates.disk_read),
+            "disk": np.asarray(disk_bytes / rates.disk_read + kv_disk_s),
         }
 
     def _expert_share(self, num_tokens: int) -> float:

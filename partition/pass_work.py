@@ -16,6 +16,7 @@ from partition.device_pool import DevicePool
 from partition.plan import PartitionPlan, ShardPlan, StagePlan
 from partition.problem import PlanningProblem
 from partition.profile import Unit, UnitKind
+from partition.sizing import rotating_shares
 from partition.stage_table import StageTable, may_stream
 from partition.workload import Workload
 
@@ -210,17 +211,28 @@ class _Pricing:
         sent = hidden if held.next_link is not None else 0
         return {
             "device memory": weights + cached,
-            "host link": streamed,
-            "disk": on_disk,
+            "host link": streamed + cached * (shape.host_kv + shape.nvme_kv),
+            "disk": on_disk + cached * shape.nvme_kv,
             "between devices": reduced + sent,
         }
 
 
 def _decode_shape(plan: PartitionPlan, workload: Workload) -> PassShape:
-    batch = min(workload.concurrency, plan.max_num_seqs)
+    length = min(workload.context, plan.max_model_len)
+    fitting = max(1, plan.num_active_blocks * plan.block_size // length)
+    batch = min(workload.concurrency, plan.max_num_seqs, fitting)
     sequences = math.ceil(batch / plan.passes_in_flight)
     context = min(workload.prompt_tokens + workload.output_tokens / 2, plan.max_model_len)
-    return PassShape(num_tokens=sequences, num_sequences=sequences, context=context)
+    used = batch * math.ceil(context / plan.block_size)
+    host_kv, nvme_kv = rotating_shares(used, plan.num_device_blocks, plan.num_rotating_host_blocks)
+    return PassShape(
+        num_tokens=sequences,
+        num_sequences=sequences,
+        context=context,
+        host_kv=host_kv,
+        nvme_kv=nvme_kv,
+        block_size=plan.block_size,
+    )
 
 
 def _stage_devices(plan: PartitionPlan, cluster: ClusterSpec) -> tuple[StageDevices, ...]:

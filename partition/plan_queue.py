@@ -5,11 +5,12 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from kvcache.layout import DTYPE_BYTES
+from kvcache.tier import TierBudget
 from partition.assembly import Assembly
 from partition.cluster import ClusterSpec
 from partition.cost import CostModel, PassShape
@@ -194,19 +195,20 @@ class PlanQueue:
 
     def _candidates(self) -> Iterator[tuple[Layout, Sizing]]:
         budgets = [device.budget for node in self._cluster.nodes for device in node.devices]
-        host_bytes = min(budget.host_bytes for budget in budgets)
+        least = TierBudget(
+            device_bytes=0,
+            host_bytes=min(budget.host_bytes for budget in budgets),
+            nvme_bytes=min(budget.nvme_bytes for budget in budgets),
+        )
         sizes = sorted({budget.device_bytes for budget in budgets}, reverse=True)
-        whole = self._profile.kv_layout(0, self._profile.num_layers, self._constraints.block_size)
-        block_bytes = whole.block_bytes
         for layout in self._layouts():
             found: dict[Sizing, None] = {}
             for device_bytes in sizes:
                 of_budget = sizings(
                     self._profile,
-                    device_bytes,
-                    host_bytes,
+                    replace(least, device_bytes=device_bytes),
                     self._table(layout).width,
-                    block_bytes // layout.pipeline_parallel,
+                    layout.pipeline_parallel,
                     self._workload,
                     self._constraints,
                 )
@@ -265,10 +267,10 @@ class PlanQueue:
         """A cheap lower bound of the cycle, shared by many candidates: every stage on the best
         group of devices, with the least KV and no more tokens than the pass has."""
         shape = self._scoring.shape(layout, sizing)
-        shape = PassShape(
+        shape = replace(
+            shape,
             num_tokens=_power_of_two(shape.num_tokens),
             num_sequences=_power_of_two(shape.num_sequences),
-            context=shape.context,
         )
         groups, _ = self._pool.groups(layout.tensor_parallel, layout.pipeline_parallel)
         if not groups:

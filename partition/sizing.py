@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvcache.layout import DTYPE_BYTES
-from partition.cost import PassShape
+from kvcache.micro_batch import NUM_BUFFERS
+from kvcache.tier import TierBudget
+from partition.cost import PassShape, page_rounded
 from partition.errors import PlanError
 from partition.profile import ModelProfile
 from partition.workload import Constraints, Workload
@@ -17,21 +19,36 @@ HOST_KV_SHARE = 4
 MIN_BATCHED_TOKENS, MAX_BATCHED_TOKENS = 64, 2048
 MAX_NUM_SEQS = 64
 LEAST_MODEL_LEN = 64
+ROTATION_SHARE = 16
+DEVICE_KV_PARTS = (2, 4, 16)
+"""With rotation, the device holds one of so many parts of the blocks, or more where it has room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizing:
     """Token and block counts common to all shards. ``kv_share`` is the part of the device budget
     left after workspace and ring that KV may take while weights stream; None: as much as the blocks
-    need."""
+    need. ``num_decoding`` sequences of the workload's length find room together. Rotating blocks
+    pass through ``num_rotation_slots`` of ``piece_bytes`` a buffer."""
 
+    block_size: int
     num_device_blocks: int
     num_host_blocks: int
     max_model_len: int
     max_num_seqs: int
+    num_decoding: int
     max_num_batched_tokens: int
     workspace_bytes: int
     kv_share: float | None
+    num_rotating_host_blocks: int = 0
+    num_rotating_nvme_blocks: int = 0
+    num_rotation_slots: int = 0
+    piece_bytes: int = 0
+
+    @property
+    def rotation_bytes(self) -> int:
+        """Of the device's budget, for the buffers through which blocks rotate."""
+        return NUM_BUFFERS * self.num_rotation_slots * self.piece_bytes
 
 
 def workspace_bytes(
@@ -47,17 +64,17 @@ def workspace_bytes(
 
 def sizings(
     profile: ModelProfile,
-    device_bytes: int,
-    host_bytes: int,
+    budget: TierBudget,
     width: int,
-    stage_block_bytes: int,
+    stages: int,
     workload: Workload,
     constraints: Constraints,
 ) -> Iterator[Sizing]:
-    """The sizings worth trying on devices of which the smallest has ``device_bytes`` and
-    ``host_bytes``, for stages that hold ``stage_block_bytes`` a KV block: most sequences and KV
-    first (the workload's need), then halved down to the least."""
+    """The sizings worth trying on devices of which the smallest has ``budget``, for models cut into
+    so many stages: most sequences and KV first (the workload's need), then halved down to the
+    least; last those whose KV lies partly beyond the device."""
     least = least_sizing(profile, width, constraints)
+    device_bytes = budget.device_bytes
     row_bytes = workspace_bytes(profile, width, 0, 1)
     num_seqs = constraints.max_num_seqs or max(
         1,
@@ -77,24 +94,60 @@ def sizings(
     limit = constraints.max_model_len or profile.max_position_embeddings
     context = min(workload.context, limit)
     wanted = constraints.max_num_seqs or min(num_seqs, workload.concurrency)
-    blocks = wanted * math.ceil(context / constraints.block_size)
-    host_blocks = host_bytes // HOST_KV_SHARE // max(1, stage_block_bytes)
-    while True:
-        blocks = max(blocks, least.num_device_blocks)
+    whole = profile.kv_layout(0, profile.num_layers, constraints.block_size)
+    block_bytes = max(1, whole.block_bytes // stages)
+    host_blocks = budget.host_bytes // HOST_KV_SHARE // block_bytes
+    most = wanted * math.ceil(context / constraints.block_size)
+
+    def sized(blocks: int, kv_share: float | None) -> Sizing:
         tokens = blocks * constraints.block_size
-        held = constraints.max_num_seqs or max(1, min(num_seqs, tokens // context))
-        yield Sizing(
+        fitting = max(1, min(num_seqs, tokens // context))
+        held = min(constraints.max_num_seqs or fitting, num_tokens)
+        return Sizing(
+            block_size=constraints.block_size,
             num_device_blocks=blocks,
             num_host_blocks=min(host_blocks, blocks),
             max_model_len=min(limit, tokens),
-            max_num_seqs=min(held, num_tokens),
+            max_num_seqs=held,
+            num_decoding=min(fitting, held),
             max_num_batched_tokens=num_tokens,
-            workspace_bytes=workspace_bytes(profile, width, num_tokens, min(held, num_tokens)),
-            kv_share=0.5 if blocks > least.num_device_blocks else None,
+            workspace_bytes=workspace_bytes(profile, width, num_tokens, held),
+            kv_share=kv_share,
         )
+
+    blocks = most
+    while True:
+        blocks = max(blocks, least.num_device_blocks)
+        yield sized(blocks, 0.5 if blocks > least.num_device_blocks else None)
         if blocks == least.num_device_blocks:
-            return
+            break
         blocks //= 2
+    piece_bytes = max(
+        page_rounded(whole.piece(layer).num_bytes) for layer in range(len(whole.layers))
+    )
+    longest = math.ceil((constraints.max_model_len or context) / constraints.block_size)
+    slots = max(longest, device_bytes // ROTATION_SHARE // (NUM_BUFFERS * piece_bytes))
+    host_room = budget.host_bytes // 2 // block_bytes
+    nvme_room = budget.nvme_bytes // 2 // (piece_bytes * math.ceil(profile.num_layers / stages))
+    for part in DEVICE_KV_PARTS:
+        on_device = max(least.num_device_blocks, most // part)
+        on_host = max(0, min(most - on_device, host_room))
+        on_nvme = max(0, min(most - on_device - on_host, nvme_room))
+        total = on_device + on_host + on_nvme
+        if total < longest or total == on_device:
+            continue
+        made = sized(total, 0.5)
+        used = min(slots, total)
+        yield replace(
+            made,
+            num_device_blocks=on_device,
+            num_host_blocks=min(host_blocks, budget.host_bytes // block_bytes - on_host) // 2,
+            max_model_len=min(made.max_model_len, used * constraints.block_size),
+            num_rotating_host_blocks=on_host,
+            num_rotating_nvme_blocks=on_nvme,
+            num_rotation_slots=used,
+            piece_bytes=piece_bytes,
+        )
 
 
 def least_sizing(profile: ModelProfile, width: int, constraints: Constraints) -> Sizing:
@@ -104,6 +157,7 @@ def least_sizing(profile: ModelProfile, width: int, constraints: Constraints) ->
     blocks = math.ceil(limit / constraints.block_size)
     num_seqs = min(constraints.max_num_seqs or 1, num_tokens)
     return Sizing(
+        block_size=constraints.block_size,
         num_device_blocks=blocks,
         num_host_blocks=0,
         max_model_len=min(
@@ -111,6 +165,7 @@ def least_sizing(profile: ModelProfile, width: int, constraints: Constraints) ->
             blocks * constraints.block_size,
         ),
         max_num_seqs=num_seqs,
+        num_decoding=num_seqs,
         max_num_batched_tokens=num_tokens,
         workspace_bytes=workspace_bytes(profile, width, num_tokens, num_seqs),
         kv_share=None,
@@ -119,14 +174,33 @@ def least_sizing(profile: ModelProfile, width: int, constraints: Constraints) ->
 
 def batch_size(sizing: Sizing, workload: Workload) -> int:
     """Sequences that decode together."""
-    return min(workload.concurrency, sizing.max_num_seqs)
+    return min(workload.concurrency, sizing.num_decoding)
 
 
 def decode_shape(sizing: Sizing, workload: Workload, passes: int) -> PassShape:
     """One of the ``passes`` in flight, halfway through the workload's outputs."""
-    per_pass = math.ceil(batch_size(sizing, workload) / passes)
+    batch = batch_size(sizing, workload)
+    per_pass = math.ceil(batch / passes)
     context = min(workload.prompt_tokens + workload.output_tokens / 2, sizing.max_model_len)
-    return PassShape(num_tokens=per_pass, num_sequences=per_pass, context=context)
+    used = batch * math.ceil(context / sizing.block_size)
+    host_kv, nvme_kv = rotating_shares(
+        used, sizing.num_device_blocks, sizing.num_rotating_host_blocks
+    )
+    return PassShape(
+        num_tokens=per_pass,
+        num_sequences=per_pass,
+        context=context,
+        host_kv=host_kv,
+        nvme_kv=nvme_kv,
+        block_size=sizing.block_size,
+    )
+
+
+def rotating_shares(used: int, on_device: int, on_host: int) -> tuple[float, float]:
+    """The shares of ``used`` blocks that lie on the host and on NVMe, where ``on_device`` and
+    ``on_host`` blocks are filled first."""
+    host = min(max(0, used - on_device), on_host)
+    return host / used, max(0, used - on_device - host) / used
 
 
 def prefill_shape(sizing: Sizing, workload: Workload) -> PassShape:

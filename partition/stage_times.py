@@ -138,15 +138,23 @@ class StageTimes:
     def _room(self, rank: int, load: Load, device: DeviceSpec) -> Room:
         sizing, budget = self.sizing, device.budget
         block_bytes = load.kv_bytes_per_token * self._block_size
-        left = budget.device_bytes - sizing.workspace_bytes - load.small_bytes
+        held = sizing.workspace_bytes + sizing.rotation_bytes
+        left = budget.device_bytes - held - load.small_bytes
         kv = _pages(sizing.num_device_blocks * block_bytes)
         within_share = np.asarray(kv >= 0)
         if sizing.kv_share is not None:
             within_share = kv <= sizing.kv_share * (left - self.table.longest_ring_bytes(rank))
         return Room(
             device=np.asarray(left - kv),
-            host=np.asarray(budget.host_bytes - _pages(sizing.num_host_blocks * block_bytes)),
-            nvme=np.full_like(kv, budget.nvme_bytes),
+            host=np.asarray(
+                budget.host_bytes
+                - _pages(sizing.num_host_blocks * block_bytes)
+                - _pages(sizing.num_rotating_host_blocks * block_bytes)
+            ),
+            nvme=np.asarray(
+                budget.nvme_bytes
+                - sizing.num_rotating_nvme_blocks * sizing.piece_bytes * load.num_layers
+            ),
             may_stream=within_share,
         )
 
@@ -174,7 +182,7 @@ class StageTimes:
                 group_link=held.group_link,
                 next_link=held.next_link,
             )
-            fits = (room.device >= 0) & (room.host >= 0)
+            fits = (room.device >= 0) & (room.host >= 0) & (room.nvme >= 0)
             fits &= load.stream_bytes + load.embedding_bytes <= room.device + room.host + room.nvme
             fits &= resident | room.may_stream
             slowest = np.maximum(slowest, np.where(fits, pass_time(terms), np.inf))

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from kvcache.arena import Arena
 from kvcache.block_pool import CachedBlock
 from kvcache.checksum import PieceChecksum
-from kvcache.kv_rotation import NUM_BUFFERS, KVRotation
+from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore
 from kvcache.layout import KVLayerSpec, KVLayout
-from kvcache.micro_batch import BlockUse, deal
+from kvcache.micro_batch import NUM_BUFFERS, BlockUse, deal
 from kvcache.tier import Tier
 
 LAYOUT = KVLayout(

@@ -56,7 +56,7 @@ class Oracle:
             if len(set(places)) < len(places):
                 continue
             for in_turn, sizing in product((False, True)[: min(2, num_stages)], sizings):
-                batch = min(self.workload.concurrency, sizing.max_num_seqs)
+                batch = min(self.workload.concurrency, sizing.num_decoding)
                 if not in_turn or batch >= num_stages:
                     cycle = self._cycle(order, sizing, batch, in_turn)
                     best = max(best, batch / cycle)
@@ -68,10 +68,17 @@ class Oracle:
         passes = len(order) if in_turn else 1
         tokens = -(-batch // passes)
         context = self.workload.prompt_tokens + self.workload.output_tokens / 2
+        context = min(context, sizing.max_model_len)
+        used = batch * -int(-context // self.constraints.block_size)
+        beyond = max(0, used - sizing.num_device_blocks)
+        on_host = min(beyond, sizing.num_rotating_host_blocks)
         shape = PassShape(
             num_tokens=tokens,
             num_sequences=tokens,
-            context=min(context, sizing.max_model_len),
+            context=context,
+            host_kv=on_host / used,
+            nvme_kv=(beyond - on_host) / used,
+            block_size=self.constraints.block_size,
         )
         tables = []
         for stage, group in enumerate(order):
@@ -139,7 +146,11 @@ class Oracle:
         small = sum(self.table.footprint(u, rank) for u in units if u.kind is UnitKind.SMALL)
         device_kv = page_rounded(sizing.num_device_blocks * kv)
         room = device.budget.device_bytes - sizing.workspace_bytes - small
+        room -= 3 * sizing.num_rotation_slots * sizing.piece_bytes
         host = device.budget.host_bytes - page_rounded(sizing.num_host_blocks * kv)
+        host -= page_rounded(sizing.num_rotating_host_blocks * kv)
+        nvme = device.budget.nvme_bytes
+        nvme -= sizing.num_rotating_nvme_blocks * sizing.piece_bytes * (run[1] - run[0])
         tiers = _assignments_of(len(sizes))
         held = {tier: (tiers == index) @ sizes for index, tier in enumerate(Tier)}
         streamed = (tiers != 0) * sizes
@@ -155,7 +166,7 @@ class Oracle:
             left = (
                 room - device_kv - held[Tier.DEVICE] - slots[:, :depth].sum(axis=1),
                 host - held[Tier.HOST] - staging,
-                device.budget.nvme_bytes - held[Tier.NVME],
+                nvme - held[Tier.NVME],
             )
             fits = may & np.all([each >= 0 for each in left], axis=0)
             fits &= np.any([each >= embedding for each in left], axis=0)

@@ -6,6 +6,7 @@ from random import Random
 
 from planner_models import LINK, PAGE, RATES, budget, llama_like
 
+from kvcache.micro_batch import NUM_BUFFERS
 from kvcache.tier import Tier
 from partition import (
     ClusterSpec,
@@ -72,7 +73,11 @@ def _recount(made: PartitionPlan, model: ModelProfile, cluster: ClusterSpec) -> 
         for shard in stage.shards:
             node = nodes[shard.node]
             device = node.devices[node.device_names.index(shard.device)]
-            block = model.kv_layout(*run, made.block_size, shard.tp_rank, world).block_bytes
+            layout = model.kv_layout(*run, made.block_size, shard.tp_rank, world)
+            block = layout.block_bytes
+            pages = [
+                -(-layout.piece(i).num_bytes // 4096) * 4096 for i in range(len(layout.layers))
+            ]
             held = dict.fromkeys(Tier, 0)
             assert [placement.unit for placement in shard.placements] == list(units)
             for placement in shard.placements:
@@ -80,7 +85,10 @@ def _recount(made: PartitionPlan, model: ModelProfile, cluster: ClusterSpec) -> 
                 held[placement.tier] += unit.num_bytes(model.heads, shard.tp_rank, world)
             held[Tier.DEVICE] += made.num_device_blocks * block
             held[Tier.DEVICE] += shard.ring_bytes + shard.workspace_bytes
-            held[Tier.HOST] += made.num_host_blocks * block + shard.staging_bytes
+            held[Tier.DEVICE] += NUM_BUFFERS * made.num_rotation_slots * max(pages)
+            host_blocks = made.num_host_blocks + made.num_rotating_host_blocks
+            held[Tier.HOST] += host_blocks * block + shard.staging_bytes
+            held[Tier.NVME] += made.num_rotating_nvme_blocks * sum(pages)
             limits = device.budget
             assert held[Tier.DEVICE] <= limits.device_bytes
             assert held[Tier.HOST] <= limits.host_bytes

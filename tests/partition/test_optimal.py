@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from plan_oracle import Oracle
 from planner_models import LINK, PAGE, RATES, budget, llama_like
 
+from kvcache.tier import TierBudget
 from partition import (
     ClusterSpec,
     Constraints,
@@ -93,7 +94,11 @@ def _sizings(
     stages: int,
 ) -> list[Sizing]:
     budgets = [device.budget for node in cluster.nodes for device in node.devices]
-    block = model.kv_layout(0, model.num_layers, fixed.block_size).block_bytes
+    least = TierBudget(
+        device_bytes=0,
+        host_bytes=min(each.host_bytes for each in budgets),
+        nvme_bytes=min(each.nvme_bytes for each in budgets),
+    )
     width = StageTable(model, fixed.tensor_parallel or 1).width
     return list(
         dict.fromkeys(
@@ -101,10 +106,9 @@ def _sizings(
             for size in {each.device_bytes for each in budgets}
             for sizing in sizings(
                 model,
-                size,
-                min(each.host_bytes for each in budgets),
+                replace(least, device_bytes=size),
                 width,
-                block // stages,
+                stages,
                 workload,
                 fixed,
             )
