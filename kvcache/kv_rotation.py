@@ -9,6 +9,7 @@ written back, so that the batch is bounded by host and NVMe memory and each weig
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -33,12 +34,26 @@ CHUNK_BYTES = 1 << 20
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moves:
+    """What a micro-batch moves at every layer alike. ``gathers`` are (source, slots, its rows) of
+    what lies in memory, ``scatters`` (target, slots, its rows), where a source or target is DEVICE
+    or HOST; ``reads`` and ``writes`` runs of slots whose blocks are neighbours on NVMe."""
+
+    micro_batch: MicroBatch
+    gathers: tuple[tuple[Tier, slice, torch.Tensor], ...]
+    reads: tuple[slice, ...]
+    scatters: tuple[tuple[Tier, torch.Tensor, torch.Tensor], ...]
+    writes: tuple[slice, ...]
+    beyond: slice
+
+
 @dataclass(slots=True, eq=False)
 class _Job:
     """One micro-batch at one layer."""
 
     layer: int
-    micro_batch: MicroBatch
+    moves: _Moves
     buffer: int
     reads: list[tuple[slice, Future[None]]] = field(default_factory=list)
     writes: list[tuple[slice, Future[None]]] = field(default_factory=list)
@@ -70,17 +85,18 @@ class KVRotation:
         self._pieces = [layout.piece(index) for index in range(len(layout.layers))]
         self._places = {spec.layer: index for index, spec in enumerate(layout.layers)}
         self._strides = [-(-p.num_bytes // ALIGNMENT) * ALIGNMENT for p in self._pieces]
-        self._first_host = store.num_device_blocks
-        self._first_nvme = self._first_host + num_host_blocks
+        self._first_host: int = store.num_device_blocks
+        self._first_nvme: int = self._first_host + num_host_blocks
         self.num_blocks = self._first_nvme + num_nvme_blocks
         self.num_slots = num_slots
         self._host = store.allocate(host_arena, num_host_blocks)
         size = num_slots * max(self._strides)
         self._buffers = [device_arena.allocate(size) for _ in range(NUM_BUFFERS)]
-        on_cpu = device_arena.device.type == "cpu"
-        self._landings = (
-            self._buffers if on_cpu else [host_arena.allocate(size) for _ in range(NUM_BUFFERS)]
-        )
+        self._homes = {Tier.DEVICE: store.device_rows, Tier.HOST: self._host}
+        self._staged = device_arena.device.type != "cpu"
+        self._landings = self._buffers
+        if self._staged:
+            self._landings = [host_arena.allocate(size) for _ in range(NUM_BUFFERS)]
         self._file: KVFile | None = None
         if num_nvme_blocks:
             assert folder is not None, "NVMe blocks need a folder"
@@ -96,10 +112,9 @@ class KVRotation:
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Start a pass: the first reads are on their way when this returns."""
         assert self._at == len(self._jobs), "the last pass has not ended"
-        order = product(range(len(self._strides)), micro_batches)
+        order = product(range(len(self._strides)), [self._moves(each) for each in micro_batches])
         self._jobs = [
-            _Job(layer, micro_batch, index % NUM_BUFFERS)
-            for index, (layer, micro_batch) in enumerate(order)
+            _Job(layer, moves, index % NUM_BUFFERS) for index, (layer, moves) in enumerate(order)
         ]
         self._at = 0
         for job in self._jobs[: NUM_BUFFERS - 1]:
@@ -116,17 +131,15 @@ class KVRotation:
         landing, buffer = self._rows(self._landings, job), self._rows(self._buffers, job)
         self._gather(job, landing, buffer)
         self._wait_for_reads(job, landing)
-        if landing is not buffer:
-            lower, upper = self._span(job, self._first_host, self.num_blocks)
-            buffer[lower:upper].copy_(landing[lower:upper], non_blocking=True)
+        if self._staged:
+            buffer[job.moves.beyond].copy_(landing[job.moves.beyond], non_blocking=True)
         return layer_views(buffer, self._pieces[job.layer], self._store.layout, job.layer, at=0)
 
     def put_back(self) -> None:
         """The attention to what `take` gave is over: what was written goes home."""
         job = self._jobs[self._at]
         self._at += 1
-        if job.micro_batch.written:
-            self._scatter(job)
+        self._scatter(job)
         if self._at >= 2:
             self._wait_for_writes(self._jobs[self._at - 2])
         following = self._at + NUM_BUFFERS - 2
@@ -169,47 +182,71 @@ class KVRotation:
         stride = self._strides[job.layer]
         return buffers[job.buffer][: self.num_slots * stride].view(self.num_slots, stride)
 
-    def _span(self, job: _Job, first: int, stop: int) -> tuple[int, int]:
-        """The slots [lower, upper) that are loaded with blocks [first, stop)."""
-        loaded = job.micro_batch.blocks[: job.micro_batch.num_loaded]
-        return (
-            sum(block < first for block in loaded),
-            sum(block < stop for block in loaded),
+    def _moves(self, micro_batch: MicroBatch) -> _Moves:
+        blocks, loaded = micro_batch.blocks, micro_batch.num_loaded
+        regions = (
+            (Tier.DEVICE, 0, self._first_host),
+            (Tier.HOST, self._first_host, self._first_nvme),
+            (Tier.NVME, self._first_nvme, self.num_blocks),
         )
+        bounds = [0]
+        gathers, scatters = [], []
+        for tier, first, stop in regions:
+            lower = bounds[-1]
+            upper = bisect_left(blocks, stop, lower, loaded)
+            bounds.append(upper)
+            if tier is Tier.NVME:
+                break
+            if upper > lower:
+                rows = torch.tensor(blocks[lower:upper]) - first
+                gathers.append((tier, slice(lower, upper), rows.to(self._device_of(tier))))
+            slots = [slot for slot in micro_batch.written if first <= blocks[slot] < stop]
+            if slots:
+                rows = torch.tensor([blocks[slot] - first for slot in slots])
+                where = torch.tensor(slots, device=self._buffers[0].device)
+                scatters.append((tier, where, rows.to(self._device_of(tier))))
+        behind = [slot for slot in micro_batch.written if blocks[slot] >= self._first_nvme]
+        return _Moves(
+            micro_batch=micro_batch,
+            gathers=tuple(gathers),
+            reads=tuple(_runs(blocks, range(bounds[2], bounds[3]))),
+            scatters=tuple(scatters),
+            writes=tuple(_runs(blocks, behind)),
+            beyond=slice(bounds[1], bounds[3]),
+        )
+
+    def _device_of(self, tier: Tier) -> torch.device:
+        return self._homes[tier].device
 
     def _gather(self, job: _Job, landing: torch.Tensor, buffer: torch.Tensor) -> None:
         """Bring what lies on the device and on the host into the slots."""
         piece = self._pieces[job.layer]
         part = slice(piece.offset, piece.offset + piece.num_bytes)
-        sources = (
-            (self._store.device_rows, 0, self._first_host, buffer),
-            (self._host, self._first_host, self._first_nvme, landing),
-        )
-        for rows, first, stop, target in sources:
-            lower, upper = self._span(job, first, stop)
-            if lower == upper:
-                continue
-            blocks = torch.tensor(job.micro_batch.blocks[lower:upper], device=rows.device) - first
-            link = Link("kv", Tier.DEVICE if first == 0 else Tier.HOST, Tier.DEVICE)
+        for tier, slots, rows in job.moves.gathers:
+            target = (buffer if tier is Tier.DEVICE else landing)[slots, : piece.num_bytes]
+            link = Link("kv", tier, Tier.DEVICE)
             self.transfers.begin(link)
-            torch.index_select(
-                _words(rows[:, part]), 0, blocks, out=_words(target[lower:upper, : piece.num_bytes])
-            )
-            self.transfers.end(link, (upper - lower) * piece.num_bytes)
+            torch.index_select(_words(self._homes[tier][:, part]), 0, rows, out=_words(target))
+            self.transfers.end(link, target.nbytes)
 
     def _read(self, job: _Job) -> None:
         """Start the job's reads from NVMe."""
-        lower, upper = self._span(job, self._first_nvme, self.num_blocks)
+        if not job.moves.reads:
+            return
+        assert self._file is not None
         landing = self._rows(self._landings, job)
         link = Link("kv", Tier.NVME, Tier.DEVICE)
-        for run in _runs(job.micro_batch.blocks, range(lower, upper)):
-            assert self._file is not None
-            block = job.micro_batch.blocks[run.start] - self._first_nvme
+        for run in job.moves.reads:
             target = landing[run].flatten()
             self.transfers.begin(link)
-            future = self._file.submit_read(job.layer, block, target)
+            future = self._file.submit_read(job.layer, self._on_nvme(job, run), target)
             future.add_done_callback(partial(self._count, link, target.nbytes))
             job.reads.append((run, future))
+
+    def _on_nvme(self, job: _Job, run: slice) -> int:
+        """The place in the file of a run's first block."""
+        first: int = run.start
+        return job.moves.micro_batch.blocks[first] - self._first_nvme
 
     def _count(self, link: Link, num_bytes: int, done: Future[None]) -> None:
         self.transfers.end(link, 0 if done.exception() else num_bytes)
@@ -220,7 +257,7 @@ class KVRotation:
                 logger.warning("KV is lost: %s", error)
                 self._lose(job, run, range(run.stop - run.start), landing)
                 continue
-            block = job.micro_batch.blocks[run.start] - self._first_nvme
+            block = self._on_nvme(job, run)
             found = self._checks[job.layer].of(landing[run])
             known = self._sums[job.layer, block : block + run.stop - run.start]
             if wrong := (found != known).nonzero().flatten().tolist():
@@ -234,38 +271,30 @@ class KVRotation:
         """The blocks at ``places`` within the slots ``run`` have lost their content."""
         for place in places:
             slot = run.start + place
-            self._lost.add(CachedBlock(Tier.DEVICE, job.micro_batch.blocks[slot]))
+            self._lost.add(CachedBlock(Tier.DEVICE, job.moves.micro_batch.blocks[slot]))
             if landing is not None:
                 landing[slot] = 0
 
     def _scatter(self, job: _Job) -> None:
         """Bring the written slots home; to NVMe behind the computation."""
-        piece, micro_batch = self._pieces[job.layer], job.micro_batch
+        piece, buffer = self._pieces[job.layer], self._rows(self._buffers, job)
         part = slice(piece.offset, piece.offset + piece.num_bytes)
-        landing, buffer = self._rows(self._landings, job), self._rows(self._buffers, job)
-        homes = (
-            (self._store.device_rows, 0, self._first_host),
-            (self._host, self._first_host, self._first_nvme),
-        )
-        for rows, first, stop in homes:
-            slots = [s for s in micro_batch.written if first <= micro_batch.blocks[s] < stop]
-            if not slots:
-                continue
-            blocks = torch.tensor([micro_batch.blocks[s] - first for s in slots])
-            link = Link("kv", Tier.DEVICE, Tier.DEVICE if first == 0 else Tier.HOST)
+        for tier, slots, rows in job.moves.scatters:
+            home = self._homes[tier]
+            link = Link("kv", Tier.DEVICE, tier)
             self.transfers.begin(link)
-            source = buffer[torch.tensor(slots, device=buffer.device), : piece.num_bytes]
-            rows[:, part].index_copy_(0, blocks.to(rows.device), source.to(rows.device))
-            self.transfers.end(link, source.nbytes)
-        behind = [s for s in micro_batch.written if micro_batch.blocks[s] >= self._first_nvme]
-        for run in _runs(micro_batch.blocks, behind):
-            if landing is not buffer:
+            written = buffer[slots, : piece.num_bytes].to(home.device)
+            _words(home[:, part]).index_copy_(0, rows, _words(written))
+            self.transfers.end(link, written.nbytes)
+        landing = self._rows(self._landings, job)
+        for run in job.moves.writes:
+            if self._staged:
                 landing[run].copy_(buffer[run])
             self._write(job, run, landing[run])
 
     def _write(self, job: _Job, run: slice, pieces: torch.Tensor) -> None:
         assert self._file is not None
-        block = job.micro_batch.blocks[run.start] - self._first_nvme
+        block = self._on_nvme(job, run)
         sums = self._checks[job.layer].of(pieces)
         self._sums[job.layer, block : block + pieces.shape[0]] = sums
         link = Link("kv", Tier.DEVICE, Tier.NVME)
@@ -296,7 +325,7 @@ class KVRotation:
             mine = row[piece.offset : piece.offset + piece.num_bytes]
             self._wait_for_reads(job, self._rows(self._landings, job))
             (slot if write else mine).copy_(mine if write else slot)
-            if write and self._landings is not self._buffers:
+            if write and self._staged:
                 self._rows(self._buffers, job)[0, : piece.num_bytes].copy_(slot)
             self.put_back()
         self.end()

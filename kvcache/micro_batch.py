@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-
 NUM_BUFFERS = 3
 """Of the rotation: one that is attended to, one that is read into, one that is written back."""
 

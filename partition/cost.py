@@ -80,7 +80,7 @@ class Load:
 class PassShape:
     """The tokens of a pass and the cache they read: ``num_sequences`` times ``context`` positions,
     of which the share ``host_kv`` lies on the host and ``nvme_kv`` on NVMe, in blocks of
-    ``block_size`` tokens that are written back whole."""
+    ``block_size`` tokens that are written back whole, and comes in ``micro_batches``."""
 
     num_tokens: int
     num_sequences: int
@@ -88,6 +88,7 @@ class PassShape:
     host_kv: float = 0.0
     nvme_kv: float = 0.0
     block_size: int = 0
+    micro_batches: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +150,8 @@ class CostModel:
             "attention": np.maximum(kv_s, scores_s),
             "elementwise": elementwise_s + logits_s,
             "collectives": 2 * load.num_layers * reduce_s + send_s,
-            "latency": load.num_layers * runtime.layer_latency_s + runtime.pass_latency_s,
+            "latency": load.num_layers * (1 + shape.micro_batches) * runtime.layer_latency_s
+            + runtime.pass_latency_s,
             "copies": np.asarray(0.0 if rates.copies_overlap else from_host_s),
             "host link": np.asarray(link_s),
             "disk": np.asarray(disk_bytes / rates.disk_read + kv_disk_s),

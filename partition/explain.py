@@ -64,4 +64,8 @@ def forecast_rows(plan: PartitionPlan) -> tuple[tuple[str, float, str], ...]:
 
 
 def _kv_bytes(shard: ShardPlan, tier: Tier) -> int:
-    return {Tier.DEVICE: shard.device_kv_bytes, Tier.HOST: shard.host_kv_bytes, Tier.NVME: 0}[tier]
+    return {
+        Tier.DEVICE: shard.device_kv_bytes,
+        Tier.HOST: shard.host_kv_bytes,
+        Tier.NVME: shard.nvme_kv_bytes,
+    }[tier]

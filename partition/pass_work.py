@@ -16,7 +16,7 @@ from partition.device_pool import DevicePool
 from partition.plan import PartitionPlan, ShardPlan, StagePlan
 from partition.problem import PlanningProblem
 from partition.profile import Unit, UnitKind
-from partition.sizing import rotating_shares
+from partition.sizing import rotation_load
 from partition.stage_table import StageTable, may_stream
 from partition.workload import Workload
 
@@ -223,15 +223,18 @@ def _decode_shape(plan: PartitionPlan, workload: Workload) -> PassShape:
     batch = min(workload.concurrency, plan.max_num_seqs, fitting)
     sequences = math.ceil(batch / plan.passes_in_flight)
     context = min(workload.prompt_tokens + workload.output_tokens / 2, plan.max_model_len)
-    used = batch * math.ceil(context / plan.block_size)
-    host_kv, nvme_kv = rotating_shares(used, plan.num_device_blocks, plan.num_rotating_host_blocks)
     return PassShape(
         num_tokens=sequences,
         num_sequences=sequences,
         context=context,
-        host_kv=host_kv,
-        nvme_kv=nvme_kv,
         block_size=plan.block_size,
+        **rotation_load(
+            batch * math.ceil(context / plan.block_size),
+            plan.passes_in_flight,
+            plan.num_device_blocks,
+            plan.num_rotating_host_blocks,
+            plan.num_rotation_slots,
+        ),
     )
 
 

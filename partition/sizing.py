@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from kvcache.layout import DTYPE_BYTES
 from kvcache.micro_batch import NUM_BUFFERS
@@ -182,25 +183,40 @@ def decode_shape(sizing: Sizing, workload: Workload, passes: int) -> PassShape:
     batch = batch_size(sizing, workload)
     per_pass = math.ceil(batch / passes)
     context = min(workload.prompt_tokens + workload.output_tokens / 2, sizing.max_model_len)
-    used = batch * math.ceil(context / sizing.block_size)
-    host_kv, nvme_kv = rotating_shares(
-        used, sizing.num_device_blocks, sizing.num_rotating_host_blocks
-    )
     return PassShape(
         num_tokens=per_pass,
         num_sequences=per_pass,
         context=context,
-        host_kv=host_kv,
-        nvme_kv=nvme_kv,
         block_size=sizing.block_size,
+        **rotation_load(
+            batch * math.ceil(context / sizing.block_size),
+            passes,
+            sizing.num_device_blocks,
+            sizing.num_rotating_host_blocks,
+            sizing.num_rotation_slots,
+        ),
     )
 
 
-def rotating_shares(used: int, on_device: int, on_host: int) -> tuple[float, float]:
-    """The shares of ``used`` blocks that lie on the host and on NVMe, where ``on_device`` and
-    ``on_host`` blocks are filled first."""
-    host = min(max(0, used - on_device), on_host)
-    return host / used, max(0, used - on_device - host) / used
+class RotationLoad(TypedDict):
+    """The fields of a `PassShape` that say what rotates."""
+
+    host_kv: float
+    nvme_kv: float
+    micro_batches: int
+
+
+def rotation_load(used: int, passes: int, on_device: int, on_host: int, slots: int) -> RotationLoad:
+    """What rotates where ``used`` blocks are dealt out over so many passes: ``on_device`` and
+    ``on_host`` blocks are filled first, and ``slots`` blocks are on the device at once."""
+    beyond = max(0, used - on_device)
+    host = min(beyond, on_host)
+    of_a_pass = math.ceil(used / passes) * beyond
+    return RotationLoad(
+        host_kv=host / used,
+        nvme_kv=(beyond - host) / used,
+        micro_batches=-(-of_a_pass // (used * max(1, slots))),
+    )
 
 
 def prefill_shape(sizing: Sizing, workload: Workload) -> PassShape:

@@ -4,6 +4,8 @@ the cost model alone."""
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from functools import cache
 from itertools import combinations, permutations, product
 
@@ -79,6 +81,10 @@ class Oracle:
             host_kv=on_host / used,
             nvme_kv=(beyond - on_host) / used,
             block_size=self.constraints.block_size,
+            micro_batches=math.ceil(
+                Fraction(math.ceil(used / passes) * beyond, used)
+                / max(1, sizing.num_rotation_slots)
+            ),
         )
         tables = []
         for stage, group in enumerate(order):
