@@ -10,6 +10,7 @@ from pathlib import Path
 class EngineConfig:
     """Everything that shapes one engine (one replica). Memory is in bytes, per shard.
 
+    ``layer_split`` is the number of layers of each pipeline stage.
     ``prompt_tokens`` to ``tpot_limit_s`` are what the planner is to expect, a `partition.Workload`;
     ``objective`` is the name of a `partition.Objective`: what its plan is to be best at.
     """
@@ -22,6 +23,7 @@ class EngineConfig:
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
     expert_parallel: bool | None = None
+    layer_split: tuple[int, ...] | None = None
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     concurrency: int | None = None

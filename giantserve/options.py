@@ -64,6 +64,14 @@ def parse_text(value: Any) -> str:
     return value
 
 
+def parse_counts(value: Any) -> tuple[int, ...]:
+    """Numbers above 0: a list of them, or text like "5,6,11"."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        raise ConfigError(f"{value!r} is not a list of numbers; write them like 5,6,11")
+    return tuple(parse_positive(part) for part in parts)
+
+
 def _parse_path(value: Any) -> Path:
     return value if isinstance(value, Path) else Path(parse_text(value)).expanduser()
 
@@ -81,6 +89,7 @@ _BY_NAME: dict[str, Callable[[Any], Any]] = {
     "nvme_memory": parse_bytes,
     "tensor_parallel": parse_positive,
     "pipeline_parallel": parse_positive,
+    "layer_split": parse_counts,
     "prompt_tokens": parse_positive,
     "output_tokens": parse_positive,
     "concurrency": parse_positive,

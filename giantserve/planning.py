@@ -162,6 +162,7 @@ def _problem(
             tensor_parallel=config.tensor_parallel,
             pipeline_parallel=config.pipeline_parallel,
             expert_parallel=config.expert_parallel,
+            layer_split=config.layer_split,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -223,7 +224,8 @@ def _num_devices(config: EngineConfig, machine: Machine, device: str) -> int:
     available = len(machine.gpus) if device == "cuda" else 1
     least_tensor_parallel = 2 if config.expert_parallel else 1
     tensor_parallel = config.tensor_parallel or least_tensor_parallel
-    asked = tensor_parallel * (config.pipeline_parallel or 1)
+    stages = config.pipeline_parallel or len(config.layer_split or (1,))
+    asked = tensor_parallel * stages
     if device == "cuda" and config.executor == "local" and asked > available:
         raise ConfigError(
             f"tensor_parallel x pipeline_parallel is {asked}, but this machine has {available} GPUs"

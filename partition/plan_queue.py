@@ -84,6 +84,8 @@ class PlanQueue:
         constraints: Constraints,
     ) -> None:
         check_constraints(profile, constraints)
+        if constraints.layer_split is not None:
+            constraints = replace(constraints, pipeline_parallel=len(constraints.layer_split))
         self._profile = profile
         self._cluster = cluster
         self._workload = workload
@@ -248,6 +250,7 @@ class PlanQueue:
                 self._constraints.block_size,
                 shape,
                 self._tiers,
+                self._constraints.layer_split,
             )
         return self._times[key]
 

@@ -252,6 +252,17 @@ def check_constraints(profile: ModelProfile, constraints: Constraints) -> None:
             f"pipeline_parallel is {constraints.pipeline_parallel}, but the model has {layers} "
             f"layers; use at most {layers}"
         )
+    split = constraints.layer_split
+    if split is not None and sum(split) != layers:
+        raise PlanError(
+            f"layer_split is {', '.join(map(str, split))}, {sum(split)} layers in all, but the "
+            f"model has {layers}; make them add up"
+        )
+    if split is not None and constraints.pipeline_parallel not in (None, len(split)):
+        raise PlanError(
+            f"pipeline_parallel is {constraints.pipeline_parallel}, but layer_split names "
+            f"{len(split)} stages; leave pipeline_parallel out"
+        )
     if constraints.tensor_parallel is not None and not constraints.expert_parallel:
         refusal = profile.why_not_tensor_parallel(constraints.tensor_parallel)
         if refusal:

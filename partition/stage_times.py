@@ -4,6 +4,7 @@ once, exact prices where they matter."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,8 @@ class Room(NamedTuple):
 
 class StageTimes:
     """Times of one pass (``decode``) with one sizing. ``tiers`` caches solved tier problems and is
-    shared. Times start as lower bounds and are replaced by exact ones by `price`."""
+    shared. Times start as lower bounds and are replaced by exact ones by `price`. Only the runs of
+    ``layer_split`` are possible, where it is given."""
 
     def __init__(
         self,
@@ -40,12 +42,14 @@ class StageTimes:
         block_size: int,
         decode: PassShape,
         tiers: dict[TierProblem, TierChoice | None],
+        layer_split: tuple[int, ...] | None = None,
     ) -> None:
         self.table = table
         self.costs = costs
         self.sizing = sizing
         self.decode = decode
         self._block_size = block_size
+        self._allowed = None if layer_split is None else _runs_of(layer_split)
         self._tiers = tiers
         self._by_group: dict[int, NDArray[np.float64]] = {}
         self._exact: dict[int, NDArray[np.bool_]] = {}
@@ -58,7 +62,8 @@ class StageTimes:
             bounds, exact = self._lower_bounds(held)
             self._by_group[number] = np.append(bounds, np.inf)
             self._exact[number] = exact
-        return np.asarray(self._by_group[number][self.table.stage_groups])
+        times = self._by_group[number][self.table.stage_groups]
+        return np.asarray(times if self._allowed is None else times + self._allowed)
 
     def is_exact(self, number: int, run: Run) -> bool:
         return bool(self._exact[number][self.table.stage_groups[run]])
@@ -193,3 +198,11 @@ class StageTimes:
 
 def _pages(num_bytes: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.ceil(num_bytes / PAGE_BYTES) * PAGE_BYTES)
+
+
+def _runs_of(layer_split: tuple[int, ...]) -> NDArray[np.float64]:
+    """[first, end]: 0 for the runs of a split, inf for all others."""
+    cuts = [0, *accumulate(layer_split)]
+    allowed = np.full((cuts[-1] + 1,) * 2, np.inf)
+    allowed[cuts[:-1], cuts[1:]] = 0.0
+    return allowed

@@ -45,11 +45,13 @@ class Objective(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
-    """What the user has fixed; None leaves it to the planner."""
+    """What the user has fixed; None leaves it to the planner. ``layer_split`` is the number of
+    layers of each stage in turn."""
 
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
     expert_parallel: bool | None = None
+    layer_split: tuple[int, ...] | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -65,6 +67,9 @@ def _positive(options: Workload | Constraints) -> None:
         if field.name == "expert_parallel":
             if value not in (None, True, False):
                 raise PlanError(f"expert_parallel is {value}; it must be true or false")
+        elif field.name == "layer_split":
+            if value is not None and (not value or min(value) < 1):
+                raise PlanError(f"layer_split is {value}; each stage takes at least 1 layer")
         elif field.name.endswith("_s"):
             if value is not None and not 0 < value < math.inf:
                 raise PlanError(f"{field.name} is {value}; it must be above 0 seconds")

@@ -54,6 +54,10 @@ class EngineOptions:
             rich_help_panel=PLACE,
         ),
     ] = None
+    layer_split: Annotated[
+        str | None,
+        typer.Option(help="Layers of each stage, e.g. 5,6,11.", rich_help_panel=PLACE),
+    ] = None
     threads_per_shard: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of a shard.", rich_help_panel=PLACE)
     ] = None

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_models import LINK, RATES, budget
+from planner_models import LINK, RATES, budget, llama_like
 
+from partition import Constraints, PartitionPlan, PlanError, plan
 from partition.cluster import ClusterSpec, DeviceSpec, NodeSpec
 from partition.cost import distinct_experts
 from partition.layer_split import chain_times, cut_time, cut_times, split_layers
@@ -84,3 +86,30 @@ def test_ranks_go_to_devices_in_the_order_of_the_nodes() -> None:
     cluster = ClusterSpec(nodes=(left, right), network=LINK)
     assert [d.budget.device_bytes for d in cluster.devices(2)] == [1, 2]
     assert [d.bandwidths.disk_read for d in cluster.devices(2)] == [1e9, 1e9]
+
+
+def test_a_fixed_split_is_kept_and_no_better_one_is_missed() -> None:
+    model = llama_like(num_layers=5)
+    rates = (RATES, replace(RATES, device_memory=4 * RATES.device_memory))
+    devices = tuple(
+        DeviceSpec(name=str(index), budget=budget(1 << 30), bandwidths=each)
+        for index, each in enumerate(rates)
+    )
+    cluster = ClusterSpec(nodes=(NodeSpec(devices=devices, name="n", link=LINK),))
+
+    def planned(split: tuple[int, ...] | None, stages: int | None = 2) -> PartitionPlan:
+        fixed = Constraints(tensor_parallel=1, pipeline_parallel=stages, layer_split=split)
+        return plan(model, cluster, constraints=fixed)
+
+    by_split = {split: planned(split) for split in ((1, 4), (2, 3), (3, 2), (4, 1))}
+    for split, made in by_split.items():
+        assert tuple(s.end_layer - s.first_layer for s in made.stages) == split
+    best = max(made.forecast.tokens_per_s for made in by_split.values())
+    assert planned(None).forecast.tokens_per_s == best
+    assert planned((2, 3), None).pipeline_parallel == 2
+    with pytest.raises(PlanError, match=r"layer_split is 2, 2, 4 layers in all, .* has 5"):
+        planned((2, 2))
+    with pytest.raises(PlanError, match="layer_split names 2 stages"):
+        planned((2, 3), 1)
+    with pytest.raises(PlanError, match="at least 1 layer"):
+        planned((5, 0))
