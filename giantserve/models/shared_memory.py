@@ -8,6 +8,7 @@ have read this one, because they have written the part between.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import platform
@@ -90,9 +91,9 @@ class SharedMemoryGroup:
 
     def all_gather(self, tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """The ranks' tensors, of those last dimensions, one after the other along it."""
-        rows = tensor.numel() // tensor.shape[-1]
+        rows = math.prod(tensor.shape[:-1])  # none, where a pass needs no logits
         step = max(1, SLOT_BYTES // (max(sizes) * tensor.element_size()))
-        flat = tensor.reshape(rows, -1)
+        flat = tensor.reshape(rows, tensor.shape[-1])
         out = flat.new_empty(rows, sum(sizes))
         for start in range(0, rows, step):
             part = flat[start : start + step]

@@ -105,6 +105,34 @@ def test_same_tokens_as_transformers(
     check(save_model(name, models), tp, pp, tiers, launcher)
 
 
+@pytest.mark.parametrize(
+    ("name", "tp", "pp", "tiers"),
+    [
+        ("llama", 2, 1, "device"),
+        ("llama", 3, 2, "mixed"),
+        ("gpt_oss", 2, 2, "host"),
+        ("mixtral", 2, 1, "nvme"),
+        ("cohere", 2, 1, "host"),
+        ("deepseek_v3", 2, 2, "device"),
+        ("opt", 2, 1, "device"),
+        ("bloom", 1, 2, "nvme"),
+    ],
+)
+def test_a_prompt_alone_takes_several_passes(
+    name: str, tp: int, pp: int, tiers: str, models: Path, launcher: Launcher
+) -> None:
+    """Passes that end in the middle of the only prompt need no logits at all."""
+    path = save_model(name, models)
+    plan = make_plan(path, tp, pp, tiers, device_blocks=64, host_blocks=0)
+    prompts = make_prompts((110,), seed=3)
+    assert plan.max_num_batched_tokens < 110 / 2
+    with LLM(path, plan=plan, nvme_dir=path / "nvme", launcher=launcher) as llm:
+        (output,) = llm.generate(
+            prompts, SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+        )
+    assert [output.token_ids] == reference(path, prompts, 12)
+
+
 @pytest.mark.parametrize(("name", "tp", "pp", "tiers"), expert_cases())
 def test_same_tokens_with_whole_experts_dealt_out(
     name: str, tp: int, pp: int, tiers: str, models: Path, launcher: Launcher
