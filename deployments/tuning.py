@@ -10,9 +10,9 @@ HAProxy in front of the replica's own HTTP server 2.7 ms and 63 us.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import MutableMapping
-from contextlib import ExitStack
+
+from giantserve.free_ports import free_ports
 
 SERVE_SETTINGS = {
     # HAProxy (a wheel that Ray Serve depends on) hands the connection to the replica's own server.
@@ -41,11 +41,5 @@ def tune(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     for name, value in SERVE_SETTINGS.items():
         environment.setdefault(name, value)
-    for name, port in zip(PORT_SETTINGS, _free_ports(len(PORT_SETTINGS)), strict=True):
+    for name, port in zip(PORT_SETTINGS, free_ports(len(PORT_SETTINGS)), strict=True):
         environment.setdefault(name, str(port))
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        listeners = [held.enter_context(socket.create_server(("", 0))) for _ in range(count)]
-        return [int(listener.getsockname()[1]) for listener in listeners]

@@ -20,7 +20,13 @@ ALLOWED = {
     "giantserve": {"kvcache", "partition"},
     "deployments": {"kvcache", "partition", "giantserve"},
 }
-TENSOR_FREE_KVCACHE = {"kvcache.tier", "kvcache.layout", "kvcache.errors", "kvcache.block_hash"}
+TENSOR_FREE_KVCACHE = {
+    "kvcache.block_hash",
+    "kvcache.errors",
+    "kvcache.layout",
+    "kvcache.micro_batch",
+    "kvcache.tier",
+}
 HOMES = {
     "ray": ("giantserve.executor.ray", "deployments"),
     "fastapi": ("giantserve.api", "deployments"),
@@ -34,6 +40,7 @@ LIGHT = (
     "giantserve",
     "giantserve.config",
     "giantserve.errors",
+    "giantserve.free_ports",
     "giantserve.executor.messages",
     "giantserve.machine",
     "giantserve.options",
@@ -58,6 +65,7 @@ LIGHT = (
     "kvcache.block_pool",
     "kvcache.errors",
     "kvcache.layout",
+    "kvcache.micro_batch",
     "kvcache.tier",
     "kvcache.tier_blocks",
     "partition",

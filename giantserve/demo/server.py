@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Self
 import psutil
 
 from giantserve.errors import EngineDeadError
+from giantserve.free_ports import free_port
 
 STOP_TIMEOUT_S = 30.0
 
@@ -27,7 +27,7 @@ class Server:
     """
 
     def __init__(self, model: Path, options: Mapping[str, object], port: int | None = None) -> None:
-        self._port = port or _free_port()
+        self._port = port or free_port()
         self._command = [sys.executable, "-m", "deployments", str(model)]
         self._command += [f"{name}={value}" for name, value in options.items()]
         self._command += [f"--port={self._port}"]
@@ -88,8 +88,3 @@ def _family(pid: int) -> list[psutil.Process]:
         return list(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

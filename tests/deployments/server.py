@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import transformers
 from zoo import COMMON
 
 from giantserve.demo_tokenizer import train_tokenizer
+from giantserve.free_ports import free_port
 
 API_KEY = "test-key"
 MODEL_NAME = "tiny"
@@ -35,11 +35,6 @@ def write_model(path: Path) -> Path:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
     train_tokenizer(path, 512)
     return path
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def wait_until(what: str, holds: Callable[[], bool], timeout_s: float = 60.0) -> None:

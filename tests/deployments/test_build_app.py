@@ -18,6 +18,7 @@ from deployments.port import held_port
 from deployments.tuning import PORT_SETTINGS, SERVE_SETTINGS, tune
 from giantserve.config import EngineConfig
 from giantserve.errors import ConfigError
+from giantserve.free_ports import free_port
 
 CONFIGS = sorted((Path(__file__).parents[2] / "deployments" / "configs").glob("*.yaml"))
 
@@ -130,8 +131,7 @@ def test_a_taken_port_is_one_line_before_anything_loads() -> None:
 
 
 def test_servers_that_start_together_do_not_share_a_port() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "deployments", "/no/model", f"--port={port}"]
     with held_port("127.0.0.1", port):  # nothing listens yet, as while a model loads
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

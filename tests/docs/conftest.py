@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from newcomer import ROOT, Newcomer, readme_commands
 
 from giantserve.demo.checkpoint import write_checkpoint
 from giantserve.demo.shape import DemoShape
+from giantserve.free_ports import free_port
 
 TINY = DemoShape(
     name="tiny",
@@ -37,8 +37,7 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
     folder = tmp_path_factory.mktemp("newcomer")
     write_checkpoint(TINY, folder / "my-model", lambda done, total: None)
     shutil.copytree(ROOT / "examples", folder / "examples")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return Newcomer(folder, str(listener.getsockname()[1]))
+    return Newcomer(folder, str(free_port()))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import httpx
 import psutil
 import pytest
 from newcomer import ROOT, Newcomer, readme_commands
+
+from giantserve.free_ports import free_ports
 
 START_TIMEOUT_S = 120.0
 
@@ -69,12 +70,6 @@ class Head:
         return str(answer.json()["choices"][0]["text"])
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        listeners = [held.enter_context(socket.create_server(("", 0))) for _ in range(count)]
-        return [int(listener.getsockname()[1]) for listener in listeners]
-
-
 def _wait_until(what: str, holds: Callable[[], bool], said: Path) -> None:
     give_up_s = time.monotonic() + START_TIMEOUT_S
     while not holds():
@@ -85,7 +80,7 @@ def _wait_until(what: str, holds: Callable[[], bool], said: Path) -> None:
 @pytest.fixture(scope="module")
 def head(newcomer: Newcomer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """`ray start --head` as the README has it, with ports and a folder that nobody else has."""
-    gcs, dashboard, agent, client, stats, metrics = _free_ports(6)
+    gcs, dashboard, agent, client, stats, metrics = free_ports(6)
     (exports,) = readme_commands("export")
     folder = tmp_path_factory.mktemp("head")
     environment = {
