@@ -3,262 +3,91 @@
     python bench/planner.py accuracy   configurations drawn from shapes x TP x PP x tiers x batch x
                                        context, some on throttled disks
     python bench/planner.py choice     the plan chosen against every other layout, measured
-    python bench/planner.py uneven     stages on disks of 1x, 2x and 4x against an even split
+    python bench/planner.py uneven     stages on disks and memories of 1x, 2x and 4x against an even
+                                       split
 
-The machine is calibrated anew before each configuration, so that forecast and run see the same
-minute.
+The machine is calibrated anew every few runs, so that forecast and run see the same minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import random
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import scipy.stats
 import torch
 import transformers
+from planner_case import TIERS, Bench, Case, Machine
 from report import header
-from shapes import write_checkpoint
-from throttle import Throttle
 
-from giantserve.async_engine import AsyncEngine
-from giantserve.calibrate import calibrate
-from giantserve.config import EngineConfig
-from giantserve.executor.launcher import Launcher
-from giantserve.sampling_params import SamplingParams
-from kvcache.tier import Tier, TierBudget
-from partition import (
-    Bandwidths,
-    ClusterSpec,
-    Constraints,
-    Link,
-    ModelProfile,
-    PartitionPlan,
-    PlanError,
-    Workload,
-    plan,
-)
-from partition.cluster import DeviceSpec, NodeSpec
+from partition import Constraints, PartitionPlan, PlanError
 
-OUTPUT_TOKENS = 14
 SHAPES = ("llama-0.2gb", "llama-0.5gb", "llama-0.8gb")
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2), (1, 3))
-TIERS = {
-    "device": (1.0, 0.0),
-    "half on host": (0.5, 0.5),
-    "half on disk": (0.5, 0.0),
-    "0.1 + 0.3 + 0.6": (0.1, 0.3),
-    "0.1 + 0 + 0.9": (0.1, 0.0),
-}
-"""Shares of the weights that the device and the host may hold; the rest is on NVMe."""
-
 BATCHES = (1, 4, 8, 16, 32)
 CONTEXTS = (32, 200, 800)
 DISKS = (None, 4e8, 8e8)
 """Bytes/s to which each shard's disk is throttled; None: as it is, shared by the shards."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One configuration. ``disks`` are the shards' rates, one for all or one each."""
-
-    shape: str
-    layout: tuple[int, int]
-    tiers: str
-    batch: int
-    context: int
-    disks: tuple[float | None, ...] = (None,)
-
-    @property
-    def workload(self) -> Workload:
-        return Workload(
-            prompt_tokens=self.context, output_tokens=OUTPUT_TOKENS, concurrency=self.batch
-        )
-
-    def __str__(self) -> str:
-        disks = "-".join("free" if rate is None else f"{rate / 1e6:.0f}" for rate in self.disks)
-        tensor, pipeline = self.layout
-        return (
-            f"{self.shape} | {tensor} x {pipeline} | {self.tiers} | {disks} | {self.batch} "
-            f"| {self.context}"
-        )
-
-
-class Machine:
-    """This machine as the planner sees it now."""
-
-    def __init__(self, folder: Path) -> None:
-        found = calibrate(folder, refresh=True)
-        self.rates: Bandwidths = found.bandwidths
-        self.link: Link = found.link
-
-    def cluster(self, budgets: list[TierBudget], disks: tuple[float | None, ...]) -> ClusterSpec:
-        """One shard a budget; throttled disks are the shards' own."""
-        each = disks * len(budgets) if len(disks) == 1 else disks
-        devices = tuple(
-            DeviceSpec(
-                name=f"device-{index}",
-                budget=budget,
-                bandwidths=self.rates if rate is None else replace(self.rates, disk_read=rate),
-            )
-            for index, (budget, rate) in enumerate(zip(budgets, each, strict=True))
-        )
-        shared = ("memory", "compute") if each[0] is not None else ("disk", "memory", "compute")
-        node = NodeSpec(devices=devices, name="local", link=self.link, shared=shared)
-        return ClusterSpec(nodes=(node,))
-
-
-class Bench:
-    """Plans, runs and compares."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._launcher = Launcher()
-        self._profiles: dict[str, ModelProfile] = {}
-
-    def close(self) -> None:
-        self._launcher.close()
-
-    def path(self, shape: str) -> Path:
-        return write_checkpoint(shape, self._folder)
-
-    def profile(self, shape: str) -> ModelProfile:
-        if shape not in self._profiles:
-            self._profiles[shape] = ModelProfile.from_pretrained(self.path(shape))
-        return self._profiles[shape]
-
-    def plan(self, case: Case, machine: Machine) -> PartitionPlan:
-        """The best plan for the case; raises PlanError where there is none."""
-        tensor, pipeline = case.layout
-        profile = self.profile(case.shape)
-        shards = tensor * pipeline
-        on_device, on_host = TIERS[case.tiers]
-        constraints = Constraints(
-            tensor_parallel=tensor,
-            pipeline_parallel=pipeline,
-            max_num_seqs=case.batch,
-            max_model_len=case.context + OUTPUT_TOKENS,
-        )
-
-        def planned(device_bytes: int) -> PartitionPlan:
-            budget = TierBudget(
-                device_bytes=device_bytes,
-                host_bytes=int(on_host * profile.num_bytes / shards),
-                nvme_bytes=64 << 30,
-            )
-            cluster = machine.cluster([budget] * shards, case.disks)
-            return plan(
-                profile,
-                cluster,
-                case.workload,
-                constraints=constraints,
-                model=str(self.path(case.shape)),
-            )
-
-        return least_device_bytes(planned, on_device, profile.num_bytes)
-
-    def measure(self, made: PartitionPlan, case: Case) -> float:
-        """Seconds between two tokens of a sequence while all sequences decode."""
-        return asyncio.run(self._measure(made, case))
-
-    async def _measure(self, made: PartitionPlan, case: Case) -> float:
-        nvme_dir = self._folder / "nvme"
-        config = EngineConfig(
-            model=made.model,
-            nvme_dir=nvme_dir,
-            max_num_seqs=case.batch,
-            max_model_len=made.max_model_len,
-        )
-        engine = await asyncio.to_thread(AsyncEngine, config, plan=made, launcher=self._launcher)
-        with ExitStack() as throttles:
-            try:
-                pids = engine._engine._executor.worker_pids  # type: ignore[attr-defined]
-                each = case.disks * len(pids) if len(case.disks) == 1 else case.disks
-                for index, (pid, rate) in enumerate(zip(pids, each, strict=True)):
-                    if rate is not None:
-                        throttles.enter_context(Throttle(str(index), pid, nvme_dir, rate))
-                await self._decode(engine, case, 2)
-                return await self._decode(engine, case)
-            finally:
-                await engine.close()
-
-    async def _decode(
-        self, engine: AsyncEngine, case: Case, output_tokens: int = OUTPUT_TOKENS
-    ) -> float:
-        draw = random.Random(time.time_ns())
-        params = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
-
-        async def one(index: int) -> list[float]:
-            prompt = [draw.randrange(3, 8000) for _ in range(case.context)]
-            times: list[float] = []
-            async for delta in engine.generate(prompt, params, request_id=f"{draw.random()}"):
-                times.extend([time.perf_counter()] * len(delta.token_ids))
-            return times
-
-        every = await asyncio.gather(*(one(index) for index in range(case.batch)))
-        begin, end = max(times[0] for times in every), min(times[-1] for times in every)
-        longest = max(every, key=lambda times: times[0])
-        inside = [moment for moment in longest if begin <= moment <= end]
-        if len(inside) < 3:
-            return (longest[-1] - longest[0]) / max(1, len(longest) - 1)
-        return (inside[-1] - inside[0]) / (len(inside) - 1)
-
-
-def least_device_bytes(
-    planned: Callable[[int], PartitionPlan], share: float, num_bytes: int
-) -> PartitionPlan:
-    """The plan of the smallest device budget that keeps ``share`` of the streamable weights."""
-    low, high = 0, 4 * num_bytes + (4 << 30)
-    best = planned(high)
-    if share >= 1:
-        return best
-    while high - low > 4 << 20:
-        middle = (low + high) // 2
-        try:
-            made = planned(middle)
-        except PlanError:
-            low = middle
-            continue
-        held = sum(shard.weight_bytes(Tier.DEVICE) for shard in made.shards)
-        if held < share * num_bytes:
-            low = middle
-        else:
-            best, high = made, middle
-    return best
+MOST_TOKENS = 1600
+RUNS_A_CALIBRATION = 3
+ROUNDS = 3
+SETTINGS = (
+    Case(shape="llama-0.5gb", layout=(1, 1), tiers="device", batch=1, context=200),
+    Case(shape="llama-0.5gb", layout=(1, 1), tiers="device", batch=16, context=32),
+    Case(shape="llama-0.5gb", layout=(1, 1), tiers="half on disk", batch=4, context=32),
+    Case(
+        shape="llama-0.5gb",
+        layout=(1, 1),
+        tiers="0.1 + 0 + 0.9",
+        batch=8,
+        context=32,
+        disks=(4e8,),
+    ),
+    Case(shape="llama-0.8gb", layout=(1, 1), tiers="0.1 + 0.3 + 0.6", batch=8, context=200),
+)
+CHOICES = ((1, 1), (2, 1), (1, 2))
+UNEVEN = Case(
+    shape="llama-0.7gb-deep",
+    layout=(1, 3),
+    tiers="0.1 + 0 + 0.9",
+    batch=6,
+    context=32,
+    disks=(1e8, 2e8, 4e8),
+    device_bytes=(96 << 20, 192 << 20, 384 << 20),
+)
 
 
 def cases(count: int, seed: int) -> Iterator[Case]:
-    """Distinct configurations, drawn evenly."""
+    """Distinct configurations, drawn evenly over the tiers."""
     draw = random.Random(seed)
-    every = [
-        Case(
-            shape=shape,
-            layout=layout,
-            tiers=tiers,
-            batch=batch,
-            context=context,
-            disks=(disk,),
-        )
-        for shape, layout, tiers, batch, context, disk in itertools.product(
-            SHAPES, LAYOUTS, TIERS, BATCHES, CONTEXTS, DISKS
-        )
-        if (disk is None or "disk" in tiers or "0." in tiers)
-        and batch * context <= 2400
-        and batch >= layout[1]
-    ]
-    yield from draw.sample(every, count)
+    by_tiers = {
+        tiers: [
+            Case(
+                shape=shape, layout=layout, tiers=tiers, batch=batch, context=context, disks=(disk,)
+            )
+            for shape, layout, batch, context, disk in itertools.product(
+                SHAPES, LAYOUTS, BATCHES, CONTEXTS, DISKS
+            )
+            if (disk is None or "disk" in tiers or "0." in tiers)
+            and batch * context <= MOST_TOKENS
+            and batch >= layout[1]
+        ]
+        for tiers in TIERS
+    }
+    each = -(-count // len(by_tiers))
+    chosen = [case for every in by_tiers.values() for case in draw.sample(every, each)]
+    draw.shuffle(chosen)
+    yield from chosen[:count]
 
 
-def accuracy(folder: Path, count: int, seed: int) -> None:
+def accuracy(bench: Bench, folder: Path, count: int, seed: int) -> None:
     """Forecast against measured decode passes."""
     print(header("Forecasts of decode passes"))
     print(
@@ -266,26 +95,23 @@ def accuracy(folder: Path, count: int, seed: int) -> None:
         "| measured s | error | binds |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    bench = Bench(folder)
     pairs: list[tuple[float, float]] = []
-    try:
-        for case in cases(count, seed):
+    for number, case in enumerate(cases(count, seed)):
+        if number % RUNS_A_CALIBRATION == 0:
             machine = Machine(folder)
-            try:
-                made = bench.plan(case, machine)
-            except PlanError as error:
-                print(f"no plan for {case}: {error}", file=sys.stderr)
-                continue
-            seconds = bench.measure(made, case)
-            forecast = made.forecast.decode_pass_s
-            pairs.append((forecast, seconds))
-            print(
-                f"| {case} | {made.passes_in_flight} | {forecast:.4f} | {seconds:.4f} "
-                f"| {forecast / seconds - 1:+.1%} | {made.forecast.binds} |",
-                flush=True,
-            )
-    finally:
-        bench.close()
+        try:
+            made = bench.plan(case, machine)
+        except PlanError as error:
+            print(f"no plan for {case}: {error}", file=sys.stderr)
+            continue
+        seconds = bench.measure(made, case)
+        forecast = made.forecast.decode_pass_s
+        pairs.append((forecast, seconds))
+        print(
+            f"| {case} | {made.passes_in_flight} | {forecast:.4f} | {seconds:.4f} "
+            f"| {forecast / seconds - 1:+.1%} | {made.forecast.binds} |",
+            flush=True,
+        )
     errors = sorted(abs(forecast / seconds - 1) for forecast, seconds in pairs)
     tau = scipy.stats.kendalltau(*zip(*pairs, strict=True)).statistic
     print(
@@ -295,7 +121,81 @@ def accuracy(folder: Path, count: int, seed: int) -> None:
     )
 
 
-MODES = {"accuracy": accuracy}
+def choice(bench: Bench, folder: Path, count: int, seed: int) -> None:
+    """The layout with the best forecast against all, each measured in turns."""
+    print(header("The plan chosen against every other layout"))
+    print("| setting | layout | forecast tokens/s | measured tokens/s: median (range) | |")
+    print("|---|---|---|---|---|")
+    behind = []
+    for setting in SETTINGS:
+        machine = Machine(folder)
+        plans = {}
+        for layout in CHOICES:
+            if setting.batch >= layout[1]:
+                case = replace(setting, layout=layout)
+                plans[layout] = case, bench.plan(case, machine)
+        rates: dict[tuple[int, int], list[float]] = {layout: [] for layout in plans}
+        for _ in range(ROUNDS):
+            for layout, (case, made) in plans.items():
+                rates[layout].append(case.batch / bench.measure(made, case))
+        chosen = max(plans, key=lambda layout: plans[layout][1].forecast.tokens_per_s)
+        medians = {layout: statistics.median(found) for layout, found in rates.items()}
+        best = max(medians.values())
+        behind.append(1 - medians[chosen] / best)
+        for layout, (_, made) in plans.items():
+            found = rates[layout]
+            print(
+                f"| {setting} | {layout[0]} x {layout[1]} | {made.forecast.tokens_per_s:.4g} "
+                f"| {medians[layout]:.4g} ({min(found):.4g}-{max(found):.4g}) "
+                f"| {'chosen' if layout == chosen else ''} |",
+                flush=True,
+            )
+    print(
+        f"\nthe plan chosen is behind the best measured by "
+        f"{', '.join(f'{share:.1%}' for share in behind)} (target: at most 5 %)"
+    )
+
+
+def uneven(bench: Bench, folder: Path, count: int, seed: int) -> None:
+    """Three stages on devices of 1x, 2x and 4x disk bandwidth and memory: the planner's split
+    against an even one, in turns."""
+    print(header("Stages on unequal devices"))
+    machine = Machine(folder)
+    layers = bench.profile(UNEVEN.shape).num_layers
+    share, more = divmod(layers, 3)
+    even = tuple(share + (stage < more) for stage in range(3))
+    plans = {
+        "even": bench.plan(UNEVEN, machine, Constraints(layer_split=even)),
+        "planned": bench.plan(UNEVEN, machine),
+    }
+    times: dict[str, list[float]] = {name: [] for name in plans}
+    for _ in range(ROUNDS):
+        for name, made in plans.items():
+            times[name].append(bench.measure(made, _in_place(UNEVEN, made)))
+    print("| split | layers by stage | devices | forecast s | measured s: median (range) |")
+    print("|---|---|---|---|---|")
+    for name, made in plans.items():
+        found = times[name]
+        print(
+            f"| {name} | {', '.join(str(s.end_layer - s.first_layer) for s in made.stages)} "
+            f"| {', '.join(shard.device for shard in made.shards)} "
+            f"| {made.forecast.decode_pass_s:.3f} | {statistics.median(found):.3f} "
+            f"({min(found):.3f}-{max(found):.3f}) |"
+        )
+    forecast = plans["even"].forecast.decode_pass_s / plans["planned"].forecast.decode_pass_s
+    measured = statistics.median(times["even"]) / statistics.median(times["planned"])
+    print(f"\nan even split takes {forecast:.2f}x as long by forecast, {measured:.2f}x measured")
+    print("(target: at least 1.8x)")
+
+
+def _in_place(case: Case, made: PartitionPlan) -> Case:
+    """The case with its disks in the order in which the plan uses the devices."""
+    return replace(
+        case, disks=tuple(case.disks[int(s.device.rpartition("-")[2])] for s in made.shards)
+    )
+
+
+MODES = {"accuracy": accuracy, "choice": choice, "uneven": uneven}
 
 
 def main() -> None:
@@ -307,12 +207,17 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(".bench"), help="where checkpoints are kept"
     )
-    parser.add_argument("--count", type=int, default=48, help="configurations")
+    parser.add_argument("--count", type=int, default=45, help="configurations")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_grad_enabled(False)
-    MODES[options.mode](options.folder.absolute(), options.count, options.seed)
+    folder = options.folder.absolute()
+    bench = Bench(folder)
+    try:
+        MODES[options.mode](bench, folder, options.count, options.seed)
+    finally:
+        bench.close()
 
 
 if __name__ == "__main__":

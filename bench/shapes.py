@@ -46,6 +46,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 2048,
     },
+    "llama-0.7gb-deep": {
+        "vocab_size": 8192,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    },
     "llama-0.8gb": {
         "vocab_size": 8192,
         "hidden_size": 2048,

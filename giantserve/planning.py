@@ -129,6 +129,7 @@ def _here(config: EngineConfig) -> tuple[EngineConfig, PlanningProblem]:
         calibration.link,
         shared=("disk",) if device == "cuda" else ("disk", "memory", "compute"),
         staged=device == "cuda",
+        num_cores=os.cpu_count(),
     )
     config = replace(
         config,

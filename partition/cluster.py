@@ -36,16 +36,19 @@ class DeviceSpec:
 class NodeSpec:
     """A machine. ``shared`` names the resources ("disk", "memory", "compute") whose rates are the
     node's and are divided among the devices in use; other rates are each device's own. ``link``
-    joins its devices."""
+    joins its devices. ``num_cores`` compute where that is shared (None: one a device in use)."""
 
     devices: tuple[DeviceSpec, ...]
     link: Link
     name: str = "node"
     shared: tuple[str, ...] = ("disk",)
+    num_cores: int | None = None
 
     def __post_init__(self) -> None:
         if not self.devices:
             raise FieldError("devices", f"node {self.name} has no devices; list at least one")
+        if self.num_cores is not None and self.num_cores < 1:
+            raise FieldError("num_cores", f"{self.num_cores} cannot be; give at least 1")
         for resource in self.shared:
             if resource not in RESOURCES:
                 raise FieldError(
@@ -166,6 +169,7 @@ class ClusterSpec:
         *,
         shared: tuple[str, ...] = ("disk", "memory", "compute"),
         staged: bool = False,
+        num_cores: int | None = None,
     ) -> ClusterSpec:
         """One node of equal devices. ``budget`` is each device's; ``bandwidths`` are the machine's
         for what is ``shared`` (by default everything, as on a machine whose devices are its own
@@ -174,7 +178,10 @@ class ClusterSpec:
             raise PlanError(f"{num_devices} devices cannot hold a model; give at least 1")
         device = DeviceSpec(budget=budget, bandwidths=bandwidths, staged=staged)
         devices = tuple(replace(device, name=f"device-{i}") for i in range(num_devices))
-        return cls(nodes=(NodeSpec(devices=devices, name="local", shared=shared, link=link),))
+        node = NodeSpec(
+            devices=devices, name="local", shared=shared, link=link, num_cores=num_cores
+        )
+        return cls(nodes=(node,))
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> ClusterSpec:

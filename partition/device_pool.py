@@ -131,7 +131,9 @@ class DevicePool:
         numbers: dict[object, int] = {}
         return tuple(
             numbers.setdefault(
-                node.name if node.name in special else (node.devices, node.link, node.shared),
+                node.name
+                if node.name in special
+                else (node.devices, node.link, node.shared, node.num_cores),
                 len(numbers),
             )
             for node in self.cluster.nodes
@@ -144,7 +146,8 @@ class DevicePool:
     def number(self, sequence: Sequence, in_turn: bool) -> tuple[int, ...]:
         """The number in ``stages`` of what each stage has. Stages that work ``in_turn`` on passes
         of their own use what their node shares at the same time; else one stage works alone. Cores
-        are divided for good: a stage's threads do not move to the next."""
+        are divided for good, one at least to each device: a stage's threads do not move to the
+        next."""
         if (sequence, in_turn) in self._numbered:
             return self._numbered[sequence, in_turn]
         homes = [self._home(group) for group in sequence]
@@ -195,7 +198,9 @@ class DevicePool:
     def _shared(self, of: DeviceClass, users: dict[int, tuple[int, int]]) -> DeviceSpec:
         at_once, ever = users[of.node]
         shared = self._node(of).shared
-        rates = of.device.bandwidths.shared_by(ever, tuple(r for r in shared if r == "compute"))
+        cores = self._node(of).num_cores or ever
+        dealt = max(at_once, min(ever, cores))
+        rates = of.device.bandwidths.shared_by(dealt, tuple(r for r in shared if r == "compute"))
         rates = rates.shared_by(at_once, tuple(r for r in shared if r != "compute"))
         return replace(of.device, bandwidths=rates, name="")
 

@@ -47,16 +47,17 @@ class PassKV:
         """The rotation's first reads start here. Use as a context manager."""
         self._kv, self._rotation = kv, rotation
         self.batch = build_batch(specs, block_size, device, gathered=gathered)
+        self._resident: PassPart | None = PassPart(rows=None, batch=self.batch)
+        self._rotated: list[PassPart] = []
+        if rotation is None:
+            return
         outside = {
             position: use
             for position, spec in enumerate(specs)
             if max((use := _use(spec, block_size)).block_ids) >= kv.num_device_blocks
         }
-        self._resident: PassPart | None = PassPart(rows=None, batch=self.batch)
-        self._rotated: list[PassPart] = []
         if not outside:
             return
-        assert rotation is not None, "a block lies beyond the device, but nothing rotates"
         starts = [0]
         for spec in specs:
             starts.append(starts[-1] + spec.length)
