@@ -9,6 +9,7 @@ from pathlib import Path
 from giantserve.calibrate import calibrate
 from giantserve.config import EngineConfig
 from giantserve.errors import ConfigError
+from giantserve.node import cluster_of, default_budget
 from kvcache.tier import TierBudget
 from partition import (
     Bandwidths,
@@ -23,21 +24,9 @@ from partition.calibration import default_cache_folder
 from partition.machine import Machine
 from partition.problem import PlanningProblem
 
-RUNTIME_BYTES = 700 << 20
-"""Resident memory of a shard beside its tiers: interpreter, torch, transformers, transient
-buffers."""
-
-MEMORY_SHARE = 0.8
-"""How much of the memory that is free we take when no budget is given."""
-
 CPU_BLOCK_SIZE = 16
 PAGE_MULTIPLE = 256
 """The block size on CUDA, where FlashAttention 2 takes no smaller page."""
-
-HOST_SHARE = 0.15
-"""On a machine without a GPU device and host memory are the same; how much of it backs demoted
-KV."""
-
 
 CLUSTER_SAYS = (
     "device",
@@ -122,15 +111,7 @@ def _here(config: EngineConfig) -> tuple[EngineConfig, PlanningProblem]:
     profile = _profile(config)
     calibration = calibrate(folder, device, profile.dtype)
     budget = _budget(config, machine, device, num_devices)
-    cluster = ClusterSpec.local(
-        num_devices,
-        budget,
-        calibration.bandwidths,
-        calibration.link,
-        shared=("disk",) if device == "cuda" else ("disk", "memory", "compute"),
-        staged=device == "cuda",
-        num_cores=os.cpu_count(),
-    )
+    cluster = cluster_of(calibration, num_devices, budget)
     config = replace(
         config,
         device=device,
@@ -235,18 +216,13 @@ def _num_devices(config: EngineConfig, machine: Machine, device: str) -> int:
 
 
 def _budget(config: EngineConfig, machine: Machine, device: str, num_devices: int) -> TierBudget:
-    free = max(0, machine.memory_bytes - num_devices * RUNTIME_BYTES)
-    share = int(free * MEMORY_SHARE) // num_devices
-    if device == "cuda":
-        gpu = min(gpu.free_bytes for gpu in machine.gpus)
-        device_bytes, host_bytes = int(gpu * 0.9), share
-    else:
-        host_bytes = int(share * HOST_SHARE)
-        device_bytes = share - (host_bytes if config.host_memory is None else config.host_memory)
-    nvme_bytes = int(machine.free_disk_bytes * MEMORY_SHARE) // num_devices
-    asked = config.device_memory, config.host_memory, config.nvme_memory
-    device_bytes, host_bytes, nvme_bytes = (
-        max(0, found) if given is None else given
-        for given, found in zip(asked, (device_bytes, host_bytes, nvme_bytes), strict=True)
+    usual = default_budget(machine, device, num_devices, config.host_memory)
+    return TierBudget(
+        device_bytes=_given(config.device_memory, usual.device_bytes),
+        host_bytes=usual.host_bytes,
+        nvme_bytes=_given(config.nvme_memory, usual.nvme_bytes),
     )
-    return TierBudget(device_bytes=device_bytes, host_bytes=host_bytes, nvme_bytes=nvme_bytes)
+
+
+def _given(asked: int | None, usual: int) -> int:
+    return usual if asked is None else asked

@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from kvcache.tier import Tier
-from partition.byte_size import format_byte_size
+from partition.byte_size import format_bytes
 from partition.cost import (
     PAGE_BYTES,
     Array,
@@ -234,7 +234,7 @@ def _reason(layout: Layout, stages: tuple[StagePlan, ...], forecast: Forecast, b
     shards = [shard for stage in stages for shard in stage.shards]
     held = {tier: sum(shard.weight_bytes(tier) for shard in shards) for tier in Tier}
     where = ", ".join(
-        f"{format_byte_size(num_bytes)} {'on ' + tier.value}"
+        f"{format_bytes(num_bytes)} {'on ' + tier.value}"
         for tier, num_bytes in held.items()
         if num_bytes
     )

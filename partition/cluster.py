@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import yaml
+
 from kvcache.tier import TierBudget
 from partition.bandwidths import RESOURCES, Bandwidths
+from partition.codec import encode
 from partition.errors import FieldError, PlanError
 from partition.links import Link
 from partition.yaml_lines import YamlDocument
@@ -170,6 +173,7 @@ class ClusterSpec:
         shared: tuple[str, ...] = ("disk", "memory", "compute"),
         staged: bool = False,
         num_cores: int | None = None,
+        name: str = "local",
     ) -> ClusterSpec:
         """One node of equal devices. ``budget`` is each device's; ``bandwidths`` are the machine's
         for what is ``shared`` (by default everything, as on a machine whose devices are its own
@@ -178,10 +182,12 @@ class ClusterSpec:
             raise PlanError(f"{num_devices} devices cannot hold a model; give at least 1")
         device = DeviceSpec(budget=budget, bandwidths=bandwidths, staged=staged)
         devices = tuple(replace(device, name=f"device-{i}") for i in range(num_devices))
-        node = NodeSpec(
-            devices=devices, name="local", shared=shared, link=link, num_cores=num_cores
-        )
+        node = NodeSpec(devices=devices, name=name, shared=shared, link=link, num_cores=num_cores)
         return cls(nodes=(node,))
+
+    def to_yaml(self) -> str:
+        """Every number, in a form that `from_yaml` reads back."""
+        return str(yaml.safe_dump(encode(self), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> ClusterSpec:

@@ -70,6 +70,7 @@ class NodeGroup:
     host_memory: int | None = None
     nvme: Drives | None = None
     shared: tuple[str, ...] = ("disk",)
+    num_cores: int | None = None
 
     def __post_init__(self) -> None:
         _check_count(self.nodes, "nodes")
@@ -124,7 +125,9 @@ def _nodes(data: Any, where: str, num_before: int) -> list[NodeSpec]:
         raise FieldError(f"{where}.link", "missing; add what joins the devices of the node")
     link_within = _link(joined, f"{where}.link")
     try:
-        node = NodeSpec(devices=devices, link=link_within, shared=group.shared)
+        node = NodeSpec(
+            devices=devices, link=link_within, shared=group.shared, num_cores=group.num_cores
+        )
     except FieldError as error:
         raise error.below(where) from None
     name, first = (group.name, 0) if group.name else ("node", num_before)

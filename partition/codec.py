@@ -10,7 +10,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from partition.byte_size import parse_byte_size
+from partition.byte_size import parse_bytes
 from partition.errors import FieldError, PlanError
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def _decode_scalar(kind: Any, data: Any, where: str) -> Any:
     elif kind is int:
         if isinstance(data, str) and where.endswith(SIZES):
             try:
-                data = parse_byte_size(data)
+                data = parse_bytes(data)
             except ValueError as error:
                 raise FieldError(where, str(error)) from None
         expect(isinstance(data, int) and not isinstance(data, bool), where, "an integer", data)

@@ -1,4 +1,4 @@
-"""What this machine has: memory that this process may use, GPUs, free disk."""
+"""What this machine has, without loading torch: CPUs, memory, GPUs, free disk."""
 
 from __future__ import annotations
 
@@ -6,37 +6,52 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 _UNLIMITED = 1 << 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GpuMemory:
-    """One GPU as NVML sees it, in bytes."""
+class Gpu:
+    """One GPU as NVML sees it. ``link`` is the generation and width of its PCIe at most, and its
+    NVLinks that are up; "" where NVML does not say."""
 
-    index: int
     name: str
     total_bytes: int
     free_bytes: int
+    link: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Bytes that a process started now could take."""
+    """``memory_bytes`` are what a process started now could take: ``available_bytes`` of the
+    ``total_bytes``, or less where a cgroup says so. ``num_cpus`` are those it may use."""
 
+    num_cpus: int
+    num_numa_nodes: int
+    total_bytes: int
+    available_bytes: int
     memory_bytes: int
     free_disk_bytes: int
-    gpus: tuple[GpuMemory, ...]
-    num_cpus: int
+    gpus: tuple[Gpu, ...]
 
     @classmethod
     def discover(cls, folder: Path) -> Machine:
-        """Look at this machine; ``folder`` (or the nearest parent that exists) says which disk."""
+        """Look at this machine; ``folder`` (or the nearest parent that exists) says which disk.
+
+        Takes milliseconds; measures nothing.
+        """
+        memory = psutil.virtual_memory()
         return cls(
+            num_cpus=len(os.sched_getaffinity(0)),
+            num_numa_nodes=max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))),
+            total_bytes=memory.total,
+            available_bytes=memory.available,
             memory_bytes=available_memory_bytes(),
             free_disk_bytes=free_disk_bytes(folder),
             gpus=nvml_gpus(),
-            num_cpus=len(os.sched_getaffinity(0)),
         )
 
 
@@ -100,7 +115,7 @@ def _room(folder: Path, limit_name: str, usage_name: str, cache_name: str) -> li
     return [max(0, int(limit) - usage + int(stat.get(cache_name, 0)))]
 
 
-def nvml_gpus() -> tuple[GpuMemory, ...]:
+def nvml_gpus() -> tuple[Gpu, ...]:
     """The GPUs that NVML lists; none where there is no driver or no nvidia-ml-py."""
     try:
         import pynvml
@@ -111,20 +126,44 @@ def nvml_gpus() -> tuple[GpuMemory, ...]:
     except pynvml.NVMLError:
         return ()
     try:
-        gpus = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            gpus.append(
-                GpuMemory(
-                    index=index,
-                    name=str(pynvml.nvmlDeviceGetName(handle)),
-                    total_bytes=int(memory.total),
-                    free_bytes=int(memory.free),
-                )
-            )
-        return tuple(gpus)
+        return tuple(_gpu(index) for index in range(pynvml.nvmlDeviceGetCount()))
     except pynvml.NVMLError:
         return ()
     finally:
         pynvml.nvmlShutdown()
+
+
+def _gpu(index: int) -> Gpu:
+    import pynvml
+
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return Gpu(
+        name=str(pynvml.nvmlDeviceGetName(handle)),
+        total_bytes=int(memory.total),
+        free_bytes=int(memory.free),
+        link=", ".join([*_pcie(handle), *_nvlinks(handle)]),
+    )
+
+
+def _pcie(handle: Any) -> list[str]:
+    """At most: what is in use falls while the GPU idles."""
+    import pynvml
+
+    try:
+        generation = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)
+        return [f"PCIe {generation} x{pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)}"]
+    except pynvml.NVMLError:
+        return []
+
+
+def _nvlinks(handle: Any) -> list[str]:
+    import pynvml
+
+    up = 0
+    for place in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            up += pynvml.nvmlDeviceGetNvLinkState(handle, place)
+        except pynvml.NVMLError:
+            break
+    return [f"{up} NVLinks"] if up else []

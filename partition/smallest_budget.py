@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from partition.byte_size import format_byte_size
+from partition.byte_size import format_bytes
 from partition.cluster import ClusterSpec
 from partition.cost import PAGE_BYTES
 from partition.errors import BudgetError
@@ -36,16 +36,15 @@ def budget_refusal(
         if found is not None:
             smallest[field] = found
             mends.append(
-                f"{format_byte_size(found)} ({found} bytes) of {name}, "
-                f"{format_byte_size(found - now)} more"
+                f"{format_bytes(found)} ({found} bytes) of {name}, {format_bytes(found - now)} more"
             )
     have = ", ".join(
-        f"{format_byte_size(min(getattr(budget, field) for budget in budgets))} of {name}"
+        f"{format_bytes(min(getattr(budget, field) for budget in budgets))} of {name}"
         for field, name in _NAMES.items()
     )
     shards = f"{len(budgets)} shard{'s' if len(budgets) > 1 else ''}"
     return BudgetError(
-        f"{profile.architecture} ({format_byte_size(profile.num_bytes)} of weights) does not fit "
+        f"{profile.architecture} ({format_bytes(profile.num_bytes)} of weights) does not fit "
         f"{shards} with {have} each; the smallest budget per shard that would fit is "
         + (" or ".join(mends) if mends else "none of one tier alone: raise more than one"),
         smallest,

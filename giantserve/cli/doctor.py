@@ -10,8 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from giantserve.machine import Machine, look_at_machine
-from giantserve.units import format_bytes
+from giantserve.cli.cluster_table import discovered, print_cluster
+from giantserve.errors import ConfigError
+from partition.byte_size import format_bytes
+from partition.calibration import Calibration
+from partition.cluster import ClusterSpec
+from partition.machine import Machine
 
 
 def doctor(
@@ -19,18 +23,47 @@ def doctor(
         Path | None,
         typer.Option(help="The folder whose disk is measured; default: the temp folder."),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Measure the nodes and links of this Ray cluster instead; auto: the one that "
+            "runs here.",
+        ),
+    ] = None,
+    yaml: Annotated[
+        Path | None,
+        typer.Option(help="Also write what was found, as a file for `plan --cluster`."),
+    ] = None,
     refresh: Annotated[
         bool, typer.Option(help="Measure again instead of the cached figures.")
     ] = False,
 ) -> None:
     """Look at devices and memory, measure disk and links, and say what would be used and why."""
     console = Console()
-    machine = look_at_machine()
-    folder = nvme_dir or Path(tempfile.gettempdir())
+    if cluster is not None:
+        text = discovered(cluster, nvme_dir, refresh=refresh)
+        print_cluster(console, text)
+    else:
+        text = _here(console, nvme_dir or Path(tempfile.gettempdir()), refresh=refresh)
+    if yaml is not None:
+        try:
+            yaml.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {yaml}: {error.strerror}; name another file") from None
+
+
+def _here(console: Console, folder: Path, *, refresh: bool) -> str:
+    """This machine, in tables and as a cluster file."""
+    from giantserve.node import discover_node
+
+    with console.status(f"measuring the disk of {folder}, memory and compute"):
+        machine, found, node = discover_node(folder, refresh=refresh)
     console.print(_hardware(machine))
-    console.print(_rates(console, machine, folder, refresh))
+    console.print(_rates(found))
     for line in conclusions(machine, folder):
         console.print(line, markup=False, highlight=False)
+    return ClusterSpec(nodes=(node,)).to_yaml()
 
 
 def conclusions(machine: Machine, folder: Path) -> list[str]:
@@ -39,33 +72,28 @@ def conclusions(machine: Machine, folder: Path) -> list[str]:
         device = f"device tier: {len(machine.gpus)} GPU(s), one shard each, since NVML sees them"
     else:
         device = "device tier: a capped arena in host memory, since NVML sees no GPU"
-    usable = format_bytes(machine.usable_bytes)
-    if machine.cgroup_bytes is not None and machine.cgroup_bytes < machine.available_bytes:
-        memory = f"host memory: up to {usable}, the cgroup's limit"
+    usable = format_bytes(machine.memory_bytes)
+    if machine.memory_bytes < machine.available_bytes:
+        memory = f"host memory: up to {usable}, what the cgroup's limit leaves"
     else:
         memory = f"host memory: up to {usable}, what the system has available"
     return [device, memory, f"disk tier: {folder}; name another with --nvme-dir"]
 
 
 def _hardware(machine: Machine) -> Table:
-    limit = "none" if machine.cgroup_bytes is None else format_bytes(machine.cgroup_bytes)
     table = _table("hardware")
     table.add_row("CPUs this process may use", str(machine.num_cpus))
+    table.add_row("NUMA nodes", str(machine.num_numa_nodes))
     table.add_row("memory", format_bytes(machine.total_bytes))
     table.add_row("memory available", format_bytes(machine.available_bytes))
-    table.add_row("cgroup memory limit", limit)
+    table.add_row("memory that the cgroup leaves", format_bytes(machine.memory_bytes))
     for index, gpu in enumerate(machine.gpus):
         sizes = f"{format_bytes(gpu.free_bytes)} free of {format_bytes(gpu.total_bytes)}"
-        table.add_row(f"GPU {index}: {gpu.name}", f"{sizes}, {gpu.link}")
+        table.add_row(f"GPU {index}: {gpu.name}", f"{sizes}, {gpu.link or 'link unknown'}")
     return table
 
 
-def _rates(console: Console, machine: Machine, folder: Path, refresh: bool) -> Table:
-    from giantserve.calibrate import calibrate
-
-    device = "cuda" if machine.gpus else "cpu"
-    with console.status(f"measuring the disk of {folder}, memory and compute"):
-        found = calibrate(folder, device, refresh=refresh)
+def _rates(found: Calibration) -> Table:
     rates = found.bandwidths
     table = _table(f"measured at {found.measured_at}")
     direct = "O_DIRECT" if found.direct_io else "through the page cache"

@@ -10,8 +10,8 @@ from string import Template
 from giantserve.cli.plan_lanes import lanes
 from giantserve.cli.plan_report import PlanReport, layout
 from giantserve.cli.plan_table import TIER_NAMES, seconds
-from giantserve.units import format_bytes
 from kvcache.tier import Tier
+from partition.byte_size import format_bytes
 from partition.memory_use import KINDS, MemoryUse, totals
 
 

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from giantserve.cli.plan_report import PlanReport, layout
-from giantserve.units import format_bytes
 from kvcache.tier import Tier
+from partition.byte_size import format_bytes
 from partition.explain import TierRow, tier_rows
 from partition.plan import PartitionPlan
 

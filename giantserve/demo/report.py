@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from giantserve.demo.conversation import Measured
-from giantserve.units import format_bytes
 from kvcache.tier import Tier
+from partition.byte_size import format_bytes
 from partition.explain import tier_rows
 from partition.plan import PartitionPlan
 

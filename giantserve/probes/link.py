@@ -1,20 +1,24 @@
-"""What two shards of this machine take to send to each other and to sum over both.
+"""What two shards take to send to each other and to sum over both.
 
-python -m giantserve.probes.link DEVICE    (started by `probe_link`; prints one JSON object)
+python -m giantserve.probes.link DEVICE RANK HOST PORT    (started by `probe_end`; rank 0 runs on
+HOST and prints one JSON object)
 """
 
 from __future__ import annotations
 
+import datetime
 import json
-import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from giantserve.errors import ConfigError
+from giantserve.free_ports import free_port
 from giantserve.models.collectives import TensorParallel
 from giantserve.models.shared_memory import SharedMemoryGroup
 from giantserve.probes.timing import seconds_of
@@ -22,7 +26,7 @@ from partition.links import Link
 
 SMALL_BYTES, LARGE_BYTES = 4 << 10, 1 << 20
 REPEATS = 20
-TIMEOUT_S = 120.0
+MEETING_TIMEOUT_S, TIMEOUT_S = 60.0, 120.0
 
 
 class _Seconds(NamedTuple):
@@ -38,12 +42,41 @@ class _Seconds(NamedTuple):
 
 
 def probe_link(device: str) -> Link:
-    """Measure in about 3 s, most of it the start of the two processes."""
-    command = [sys.executable, "-m", "giantserve.probes.link", device]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    """Between two shards of this machine, in about 3 s, most of it the start of two processes.
+
+    Where there is but one GPU there is nothing between GPUs; what two processes reach is told.
+    """
+    several = device.startswith("cuda") and torch.cuda.device_count() > 1
+    devices = ("cuda:0", "cuda:1") if several else ("cpu", "cpu")
+    port = free_port()
+    with ThreadPoolExecutor(2) as threads:
+        first, _ = threads.map(
+            lambda rank: probe_end(devices[rank], rank, "127.0.0.1", port), (0, 1)
+        )
+    assert first is not None
+    return first
+
+
+def probe_end(device: str, rank: int, host: str, port: int) -> Link | None:
+    """One of the two ends, which meet at ``port`` of rank 0's ``host``; rank 0 is told the link.
+
+    Raises ConfigError where they cannot reach each other.
+    """
+    command = [sys.executable, "-m", "giantserve.probes.link", device, str(rank), host, str(port)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"rank {rank} of a link waited {TIMEOUT_S:.0f} s at {host}:{port}; check that the "
+            "two machines reach each other on every port"
+        ) from None
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise ConfigError(f"two processes of this machine cannot reach each other: {reason}")
+        raise ConfigError(f"two processes cannot reach each other at {host}:{port}: {reason}")
+    if rank:
+        return None
     found = json.loads(done.stdout.splitlines()[-1])
     latency, bandwidth = _Seconds(*found["send"]).latency_and_bandwidth()
     # a ring of two moves 2 (w-1)/w = 1 of the message
@@ -56,12 +89,15 @@ def probe_link(device: str) -> Link:
     )
 
 
-def _measure(rank: int, port: int, device: str) -> dict[str, _Seconds]:
+def _measure(device: str, rank: int, host: str, port: int) -> dict[str, _Seconds]:
     on_cuda = device.startswith("cuda")
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)  # type: ignore[attr-defined]
-    dist.init_process_group("nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=2)
-    place = torch.device("cuda", rank) if on_cuda else torch.device("cpu")
+    wait = datetime.timedelta(seconds=MEETING_TIMEOUT_S)
+    store = TCPStore(host, port, 2, is_master=rank == 0, wait_for_workers=False, timeout=wait)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=2, timeout=wait
+    )
+    place = torch.device(device)
     group = dist.group.WORLD
     assert group is not None
     shared = None if on_cuda else SharedMemoryGroup.join(rank, group, [0, 1])
@@ -97,17 +133,9 @@ def _measure(rank: int, port: int, device: str) -> dict[str, _Seconds]:
     return found
 
 
-def _main() -> None:
-    store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    child = os.fork()  # before any thread pool is started
-    rank = 0 if child else 1
-    found = _measure(rank, store.port, sys.argv[1])
-    if child:
-        os.waitpid(child, 0)
-        print(json.dumps(found))
-    else:
-        os._exit(0)
+def _main(device: str, rank: str, host: str, port: str) -> None:
+    print(json.dumps(_measure(device, int(rank), host, int(port))))
 
 
 if __name__ == "__main__":
-    _main()
+    _main(*sys.argv[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from giantserve.cli.doctor import conclusions
 from giantserve.cli.main import app
-from giantserve.machine import GPU, Machine, read_cgroup_limit
+from partition.machine import Gpu, Machine
 
 COMMANDS = ("serve", "generate", "chat", "plan", "demo", "doctor")
 
@@ -83,25 +84,13 @@ def test_serve_hands_over_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_says_what_binds(tmp_path: Path) -> None:
-    small = Machine(
-        num_cpus=2, total_bytes=2**34, available_bytes=2**33, cgroup_bytes=2**32, gpus=()
-    )
+    large = replace(Machine.discover(tmp_path), available_bytes=2**33, memory_bytes=2**33, gpus=())
+    small = replace(large, memory_bytes=2**32)
     device, memory, disk = conclusions(small, tmp_path)
     assert "NVML sees no GPU" in device
-    assert memory == "host memory: up to 4 GiB, the cgroup's limit"
+    assert memory == "host memory: up to 4 GiB, what the cgroup's limit leaves"
     assert str(tmp_path) in disk
-    gpu = GPU(name="x", total_bytes=1, free_bytes=1, link="PCIe 5 x16")
-    large = Machine(
-        num_cpus=2, total_bytes=2**34, available_bytes=2**33, cgroup_bytes=None, gpus=(gpu,)
-    )
-    device, memory, _ = conclusions(large, tmp_path)
+    gpu = Gpu(name="x", total_bytes=1, free_bytes=1)
+    device, memory, _ = conclusions(replace(large, gpus=(gpu,)), tmp_path)
     assert device.startswith("device tier: 1 GPU(s)")
     assert memory == "host memory: up to 8 GiB, what the system has available"
-
-
-def test_cgroup_limits(tmp_path: Path) -> None:
-    file = tmp_path / "memory.max"
-    assert read_cgroup_limit((file,)) is None
-    for text, limit in (("max\n", None), ("1048576\n", 2**20), (f"{2**63 - 4096}\n", None)):
-        file.write_text(text)
-        assert read_cgroup_limit((tmp_path / "absent", file)) == limit

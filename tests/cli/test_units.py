@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from giantserve.errors import ConfigError
-from giantserve.units import format_bytes, parse_bytes
+from giantserve.units import parse_bytes
+from partition.byte_size import format_bytes
 
 
 @pytest.mark.parametrize(

@@ -165,3 +165,10 @@ def test_serve_deploy_keeps_a_file_up(head: Head, tmp_path: Path) -> None:
     assert head.completion(str(head.newcomer.folder / "my-model"))
     head.run(commands["shutdown"])
     assert head.status("/v1/models") != 200
+
+
+def test_a_cluster_is_measured_and_planned_for(head: Head) -> None:
+    commands = readme_commands("giantserve", "docs/planning.md")
+    measure, plan = (words for words in commands if "my-cluster.yaml" in words)
+    assert "NUMA node(s)" in head.run(measure)
+    assert "forecast:" in head.run(plan)
