@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -80,7 +80,8 @@ def _wait_until(what: str, holds: Callable[[], bool], said: Path) -> None:
 @pytest.fixture(scope="module")
 def head(newcomer: Newcomer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """`ray start --head` as the README has it, with ports and a folder that nobody else has."""
-    gcs, dashboard, agent, client, stats, metrics = free_ports(6)
+    http, gcs, dashboard, agent, client, stats, metrics = free_ports(7)
+    newcomer = replace(newcomer, port=str(http))  # beside the server of the other documents
     (exports,) = readme_commands("export")
     folder = tmp_path_factory.mktemp("head")
     environment = {
