@@ -35,7 +35,9 @@ class Throttle:
         (self._group / "cgroup.procs").write_text(str(pid))
 
     def close(self) -> None:
-        """Let the process read freely again."""
+        """Let the process read freely again. Idempotent."""
+        if not self._group.exists():
+            return
         if Path(f"/proc/{self._pid}").exists():
             (self._root / "cgroup.procs").write_text(str(self._pid))
         self._group.rmdir()
