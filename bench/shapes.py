@@ -28,6 +28,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 4096,
     },
+    "llama-tiny-fp32": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "dtype": "float32",
+    },
     "llama-0.2gb": {
         "vocab_size": 8192,
         "hidden_size": 1024,
@@ -68,7 +78,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_checkpoint(shape: str, folder: Path) -> Path:
-    """The bf16 checkpoint of a shape below ``folder``, one file a layer; written once."""
+    """The checkpoint of a shape (bf16, if it says nothing else) below ``folder``, one file a layer;
+    written once. Tiny ones get larger weights, so that their tokens vary."""
     from transformers import LlamaConfig
 
     path = folder / shape
@@ -77,15 +88,18 @@ def write_checkpoint(shape: str, folder: Path) -> Path:
     unfinished = folder / f"{shape}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    config = LlamaConfig(**SHAPES[shape], dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    values = {"dtype": "bfloat16", **SHAPES[shape]}
+    config = LlamaConfig(**values, architectures=["LlamaForCausalLM"])
+    dtype = getattr(torch, values["dtype"])
+    scale = 0.02 if values["hidden_size"] > 512 else 0.2
     files: dict[str, str] = {}
     generator = torch.Generator().manual_seed(0)
     for index, group in enumerate(_tensors(config)):
         name = f"model-{index:05d}.safetensors"
         tensors = {
-            key: torch.ones(size, dtype=torch.bfloat16)
+            key: torch.ones(size, dtype=dtype)
             if len(size) == 1
-            else torch.randn(size, generator=generator).mul_(0.02).to(torch.bfloat16)
+            else torch.randn(size, generator=generator).mul_(scale).to(dtype)
             for key, size in group.items()
         }
         save_file(tensors, unfinished / name, metadata={"format": "pt"})

@@ -135,6 +135,7 @@ class Shard:
                     )
                     for p in unit.parameters
                 ],
+                by_expert={p.name for p in unit.parameters if profile.is_routed(p)},
             )
 
         def fill(unit: UnitLayout, buffer: torch.Tensor) -> None:
@@ -198,9 +199,9 @@ class Shard:
         result = None
         if plan.chunks:
             result = self._compute(plan)
+            self._passes += 1
         elapsed = time.perf_counter() - started
         self._busy_s += elapsed
-        self._passes += 1
         if not (self._model.is_last and self._shard.tp_rank == 0):
             return None
         tokens, prompts = result or ((), {})
@@ -309,7 +310,7 @@ class Shard:
         return tuple(tokens), prompts
 
     def stats(self) -> dict[str, Any]:
-        """Plain data: bytes used by tier, bytes moved, seconds busy."""
+        """Plain data: passes computed, bytes used by tier, bytes moved, seconds busy."""
         return {
             "passes": self._passes,
             "busy_s": self._busy_s,

@@ -10,11 +10,12 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,12 +29,20 @@ STORE_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class StoredUnit:
-    """Where a unit lies in the file. ``checksum`` is the CRC-32 of its ``num_bytes``."""
+    """Where a unit lies in the file. ``checksum`` is the CRC-32 of its ``num_bytes``, ``sections``
+    those of its parts that are read by themselves."""
 
     name: str
     offset: int
     num_bytes: int
     checksum: int
+    sections: tuple[int, ...] = ()
+
+    @classmethod
+    def read(cls, line: dict[str, Any]) -> StoredUnit:
+        """From JSON. Raises TypeError or ValueError for what is none."""
+        values = dict(line)
+        return cls(**{**values, "sections": tuple(values.get("sections", ()))})
 
 
 class ShardStore:
@@ -65,7 +74,8 @@ class ShardStore:
         self._journal = folder / f"{stem}.journal"
         self._verify_first_read = verify_first_read
         self._units: dict[str, StoredUnit] = {}
-        self._verified: set[str] = set()
+        self._verified: set[str | tuple[str, int]] = set()
+        self._sections: dict[str, Sequence[tuple[int, int]]] = {}
         self._verified_lock = threading.Lock()
         self._file: DirectFile | None = None
         self.backend: StorageBackend = BACKENDS[backend]()
@@ -77,8 +87,12 @@ class ShardStore:
         fill: Callable[[str, torch.Tensor], None],
         staging: Callable[[], torch.Tensor],
         progress: Callable[[int], None] | None = None,
+        sections: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     ) -> bool:
         """Open the store if it holds exactly ``units`` (name, bytes) of this key; write it if not.
+
+        ``sections`` are the bytes [start, stop) of a unit's parts that have a checksum of their
+        own.
 
         ``fill(name, buffer)`` writes a unit's bytes. ``staging()`` gives the buffer, as large as
         the largest unit, and is called only if something must be written. ``progress`` gets the
@@ -86,6 +100,7 @@ class ShardStore:
         whether anything was written.
         """
         packed = False
+        self._sections = dict(sections or {})
         with self._exclusive() as may_write:
             if not self._load_index(units):
                 if not may_write:
@@ -118,6 +133,25 @@ class ShardStore:
             raise CorruptUnitError(unit, str(self.path))
         with self._verified_lock:
             self._verified.add(unit)
+
+    def submit_part(self, unit: str, offset: int, buffer: torch.Tensor) -> Future[None]:
+        """Start filling ``buffer`` from byte ``offset`` of ``unit`` on; 4096-aligned."""
+        stored = self._units[unit]
+        assert self._file is not None, "the store is not open"
+        assert offset + buffer.numel() <= stored.num_bytes
+        return self.backend.submit(self._file, stored.offset + offset, buffer)
+
+    def check_section(self, unit: str, section: int, buffer: torch.Tensor) -> None:
+        """`check_first_read` of one section of ``unit``, whose bytes all lie in ``buffer``."""
+        with self._verified_lock:
+            known = unit in self._verified or (unit, section) in self._verified
+        if known or not self._verify_first_read:
+            return
+        start, stop = self._sections[unit][section]
+        if _checksum(buffer[start:stop]) != self._units[unit].sections[section]:
+            raise CorruptUnitError(unit, str(self.path))
+        with self._verified_lock:
+            self._verified.add((unit, section))
 
     def read_part(self, unit: str, offset: int, buffer: torch.Tensor) -> None:
         """Fill ``buffer`` from byte ``offset`` of ``unit`` on, in the calling thread;
@@ -174,13 +208,15 @@ class ShardStore:
     def _load_index(self, units: Sequence[tuple[str, int]]) -> bool:
         try:
             index = json.loads(self._index.read_text())
-            stored = [StoredUnit(**unit) for unit in index["units"]]
+            stored = [StoredUnit.read(unit) for unit in index["units"]]
             size = self.path.stat().st_size
             is_ours = (index["version"], index["key"]) == (STORE_VERSION, self.key)
         except (OSError, ValueError, KeyError, TypeError):
             return False
         end = max((unit.offset + unit.num_bytes for unit in stored), default=0)
         if not is_ours or size < end or [(u.name, u.num_bytes) for u in stored] != list(units):
+            return False
+        if any(len(u.sections) != len(self._sections.get(u.name, ())) for u in stored):
             return False
         self._units = {unit.name: unit for unit in stored}
         return True
@@ -212,7 +248,7 @@ class ShardStore:
                         fill(name, part)
                         self.backend.write(file, offset, part)
                         os.fdatasync(file.descriptor)
-                        done.append(StoredUnit(name, offset, num_bytes, _checksum(part)))
+                        done.append(self._stored(name, offset, part))
                         journal.write(json.dumps(asdict(done[-1])) + "\n")
                         journal.flush()
                     offset += num_bytes
@@ -222,6 +258,11 @@ class ShardStore:
         finally:
             file.close()
         self._publish(done)
+
+    def _stored(self, name: str, offset: int, part: torch.Tensor) -> StoredUnit:
+        sections = self._sections.get(name, ())
+        sums = tuple(_checksum(part[start:stop]) for start, stop in sections)
+        return StoredUnit(name, offset, part.numel(), _checksum(part), sums)
 
     def _load_journal(self, units: Sequence[tuple[str, int]]) -> list[StoredUnit]:
         """The units an earlier, interrupted pack finished; drops what does not belong to this
@@ -233,8 +274,11 @@ class ShardStore:
             if header == {"version": STORE_VERSION, "key": self.key} and self._partial.exists():
                 # The text after the last newline is empty, or a line that was being written.
                 for line, expected in zip(lines[1:-1], units, strict=False):
-                    unit = StoredUnit(**json.loads(line))
-                    if (unit.name, unit.num_bytes) != expected:
+                    unit = StoredUnit.read(json.loads(line))
+                    sections = self._sections.get(unit.name, ())
+                    if (unit.name, unit.num_bytes) != expected or len(sections) != len(
+                        unit.sections
+                    ):
                         break
                     done.append(unit)
         except (OSError, ValueError, TypeError):

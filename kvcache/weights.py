@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from kvcache.arena import ALIGNMENT, Arena
 from kvcache.errors import StoreError, TierFullError
+from kvcache.expert_reader import expert_extents, read_experts
 from kvcache.ring import Ring
 from kvcache.row_reader import RowReader
 from kvcache.shard_store import ShardStore
@@ -32,6 +33,7 @@ Fill = Callable[[UnitLayout, torch.Tensor], None]
 __all__ = ["Fill", "TensorSlot", "UnitLayout", "WeightManager"]
 
 _ATTEMPTS = 2
+_FROM_HOST = Link("weights", Tier.HOST, Tier.DEVICE)
 
 
 class _State(enum.Enum):
@@ -43,7 +45,7 @@ class _State(enum.Enum):
 @dataclass(slots=True, eq=False)
 class _Flight:
     """One unit on its way into the ring, or in it. ``staging`` is where its read lands, if not
-    there."""
+    there. ``missing`` are the experts that do not come with it."""
 
     layout: UnitLayout
     start: int
@@ -55,7 +57,15 @@ class _Flight:
     holders: int = 0
     attempts: int = 0
     dropped: bool = False
+    missing: set[int] = field(default_factory=set)
     error: BaseException | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what comes before anyone asks for experts, in whole pages."""
+        if not self.missing:
+            return self.layout.num_bytes
+        return -(-self.layout.dense_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class WeightManager:
@@ -112,6 +122,9 @@ class WeightManager:
         self._cursor = 0
         self._num_loading = 0
         self._closed = False
+        self.whole_experts = False
+        """Whether units come with all their experts: where a pass routes to nearly all of them,
+        reading them ahead beats leaving some out."""
         self._copies = ThreadPoolExecutor(1, thread_name_prefix="weight-copy")
         self._copy_stream: torch.cuda.Stream | None = None
         if self._on_cuda:
@@ -165,6 +178,36 @@ class WeightManager:
                 raise flight.error
             flight.holders += 1
             return flight.views
+
+    def acquire_experts(self, unit: str, experts: Sequence[int]) -> None:
+        """Bring these rising experts of a unit that is acquired to its tensors; the others' places
+        hold nothing of use.
+
+        Returns when they are there. Raises as `acquire`.
+        """
+        flight = self._flights.get(unit)
+        if flight is None or not flight.missing:
+            return
+        wanted = [expert for expert in experts if expert in flight.missing]
+        if not wanted:
+            return
+        started = time.perf_counter()
+        source = self._host.get(unit)
+        link = self._read_link(flight) if source is None else _FROM_HOST
+        num_bytes = 0
+        self.transfers.begin(link)
+        try:
+            if source is None:
+                assert self._store is not None
+                num_bytes = read_experts(self._store, flight.layout, wanted, flight.buffer)
+            else:
+                for low, high, _ in expert_extents(flight.layout, wanted):
+                    flight.buffer[low:high].copy_(source[low:high], non_blocking=True)
+                    num_bytes += high - low
+        finally:
+            self.transfers.end(link, num_bytes)
+        self.transfers.add_stall(time.perf_counter() - started)
+        flight.missing.difference_update(wanted)
 
     def release(self, unit: str) -> None:
         """The computation no longer needs the unit; its room may be reused. ValueError if not
@@ -298,6 +341,7 @@ class WeightManager:
             lambda name, buffer: fill(self._units[name], buffer),
             staging,
             progress,
+            {unit.name: unit.sections() for unit in units if unit.num_experts},
         )
         for buffer in scratch:
             self._free(buffer)
@@ -390,6 +434,8 @@ class WeightManager:
             return False
         buffer = self._ring_bytes[start : start + unit.num_bytes]
         flight = _Flight(unit, start, buffer, unit.views(buffer), staging, staging_start)
+        if not self.whole_experts and staging is None:
+            flight.missing.update(range(unit.num_experts))
         self._flights[unit.name] = flight
         self._num_loading += 1
         self._start(flight)
@@ -405,10 +451,10 @@ class WeightManager:
                 self._copy(flight, self._host[name])
             return
         assert self._store is not None
-        target = flight.buffer if flight.staging is None else flight.staging
+        target = (flight.buffer if flight.staging is None else flight.staging)[: flight.num_bytes]
         link = self._read_link(flight)
         self.transfers.begin(link)
-        future = self._store.submit(name, target)
+        future = self._store.submit_part(name, 0, target)
         future.add_done_callback(lambda done: self._read_done(flight, target, done))
 
     def _read_link(self, flight: _Flight) -> Link:
@@ -417,10 +463,13 @@ class WeightManager:
     def _read_done(self, flight: _Flight, target: torch.Tensor, done: Future[None]) -> None:
         assert self._store is not None
         error = done.exception()
-        self.transfers.end(self._read_link(flight), 0 if error else flight.layout.num_bytes)
+        self.transfers.end(self._read_link(flight), 0 if error else flight.num_bytes)
         if error is None:
             try:
-                self._store.check_first_read(flight.layout.name, target)
+                if flight.missing:
+                    self._store.check_section(flight.layout.name, 0, target)
+                else:
+                    self._store.check_first_read(flight.layout.name, target)
             except Exception as failure:  # surfaces in acquire
                 error = failure
         if error is None and flight.staging is not None:
@@ -431,21 +480,21 @@ class WeightManager:
     def _copy(self, flight: _Flight, source: torch.Tensor) -> None:
         """Copy a unit from host memory into the ring. For a CUDA device it runs in the copy thread;
         a CPU copies with the cores that compute, which a thread beside them would only delay."""
-        link = Link("weights", Tier.HOST, Tier.DEVICE)
         error: BaseException | None = None
-        self.transfers.begin(link)
+        part = slice(0, flight.num_bytes)
+        self.transfers.begin(_FROM_HOST)
         try:
             if self._copy_stream is None:
-                flight.buffer.copy_(source)
+                flight.buffer[part].copy_(source[part])
             else:
                 with torch.cuda.stream(self._copy_stream):
                     if self._last_release is not None:
                         self._copy_stream.wait_event(self._last_release)
-                    flight.buffer.copy_(source, non_blocking=True)
+                    flight.buffer[part].copy_(source[part], non_blocking=True)
                 self._copy_stream.synchronize()
         except Exception as failure:  # surfaces in acquire
             error = failure
-        self.transfers.end(link, 0 if error else flight.layout.num_bytes)
+        self.transfers.end(_FROM_HOST, 0 if error else flight.num_bytes)
         self._settle(flight, error)
 
     def _settle(self, flight: _Flight, error: BaseException | None) -> None:

@@ -128,6 +128,8 @@ class Assembly:
                 held.devices[rank].bandwidths,
                 choice.streamed_bytes,
                 choice.disk_bytes,
+                choice.streamed_experts,
+                choice.disk_experts,
                 group_link=held.group_link,
                 next_link=held.next_link,
             )
@@ -200,17 +202,17 @@ class Assembly:
         """Name the units: within a class the resident ones are spread evenly over the pass, so that
         the streams run evenly, and so are the host's among the rest."""
         tiers: dict[str, Tier] = {}
-        members: dict[int, list[str]] = defaultdict(list)
+        members: dict[tuple[int, int], list[str]] = defaultdict(list)
         for unit in units:
             if unit.kind is UnitKind.EMBEDDING:
                 tiers[unit.name] = choice.embedding or Tier.DEVICE
             elif may_stream(unit):
-                members[self.table.footprint(unit, rank)].append(unit.name)
+                members[self.table.stream_size(unit, rank)].append(unit.name)
             else:
                 tiers[unit.name] = Tier.DEVICE
         classes = self.table.stream_classes(units, rank)
-        for index, (size, _) in enumerate(classes):
-            names = members[size]
+        for index, each in enumerate(classes):
+            names = members[each.size, each.routed]
             resident = _spread(names, choice.resident[index])
             rest = [name for name in names if name not in resident]
             on_host = _spread(rest, choice.on_host[index])

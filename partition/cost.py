@@ -31,15 +31,6 @@ def page_rounded(num_bytes: int) -> int:
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def distinct_experts(num_experts: int, per_token: int, num_tokens: int) -> float:
-    """Expected number of distinct experts that a pass routes to: E (1 - (1 - k/E)^n).
-
-    Each token takes k of E experts; with independent uniform routing an expert is missed by one
-    token with probability 1 - k/E (the occupancy bound used by MoE-Lightning and MoE-Lens).
-    """
-    return float(num_experts * (1 - (1 - per_token / num_experts) ** num_tokens))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What one rank of a stage holds and does.
@@ -47,12 +38,14 @@ class Load:
     ``dense_bytes`` and ``expert_bytes`` are weights read by compute; ``flops_per_token`` those of
     the layers' matrix products, ``head_flops`` those of the head per sampled row, ``vocab`` the
     logits of such a row, ``attention_flops`` those of attention per token and position of its
-    context; ``activation_bytes`` what goes in and out of products and norms per token,
+    context; ``routed_bytes`` the part of the experts' of which only those are read that a pass
+    routes to; ``activation_bytes`` what goes in and out of products and norms per token,
     ``kv_bytes_per_token`` the cache. ``stream_bytes`` (page-rounded) may live on any tier.
     """
 
     dense_bytes: Array
     expert_bytes: Array
+    routed_bytes: Array
     flops_per_token: Array
     head_flops: Array
     vocab: Array
@@ -106,25 +99,36 @@ class CostModel:
         rates: Bandwidths,
         streamed_bytes: Array | float = 0.0,
         disk_bytes: Array | float = 0.0,
+        streamed_experts: Array | float = 0.0,
+        disk_experts: Array | float = 0.0,
         *,
         group_link: Link,
         next_link: Link | None,
     ) -> dict[str, Array]:
         """Seconds by term. ``streamed_bytes`` are all that is not resident, ``disk_bytes`` its part
-        on NVMe. ``group_link`` joins the ranks of the stage, ``next_link`` leads to the next stage
+        on NVMe; ``streamed_experts`` and ``disk_experts`` are the routed experts' part of either.
+        ``group_link`` joins the ranks of the stage, ``next_link`` leads to the next stage
         (None: this is the last).
 
         The roofline (Williams et al., 2009) extended to tiers as in FlexGen (Sheng et al., 2023):
         weights over device memory, streamed weights over the host link, disk bytes over the disk,
         and 2 FLOP per parameter and token. Attention reads its KV at a rate of its own, or does 4
         FLOP per head element and position where these take longer. KV that rotates moves as weights
-        do that stream; on NVMe the block that takes a new token is written back.
+        do that stream; on NVMe the block that takes a new token is written back. Routed experts
+        that stream are read once the router has spoken, and nothing else is computed meanwhile;
+        where nearly all are needed they are read ahead like everything else.
         """
         runtime, tokens, sampled = rates.runtime, shape.num_tokens, shape.num_sequences
-        touched = load.dense_bytes + load.expert_bytes * self._expert_share(tokens)
+        touched = load.dense_bytes + load.expert_bytes * self.profile.expert_share(tokens)
         products = tokens * load.flops_per_token + sampled * load.head_flops
         held = np.maximum(load.dense_bytes + load.expert_bytes, 1.0)
         share = np.minimum(1.0, streamed_bytes / held)
+        read = self.profile.streamed_expert_share(tokens)
+        streamed_bytes = streamed_bytes - (1 - read) * streamed_experts
+        disk_bytes = disk_bytes - (1 - read) * disk_experts
+        routed_s = read * disk_experts / rates.disk_read
+        if rates.copies_overlap:
+            routed_s = routed_s + read * (streamed_experts - disk_experts) / rates.host_to_device
         fast, slow = rates.flops_per_s(tokens), rates.flops_per_s(tokens, streamed=True)
         kv_bytes = load.kv_bytes_per_token * (sampled * shape.context)
         kv_s = kv_bytes / (runtime.attention or rates.device_memory)
@@ -152,23 +156,18 @@ class CostModel:
             "collectives": 2 * load.num_layers * reduce_s + send_s,
             "latency": load.num_layers * (1 + shape.micro_batches) * runtime.layer_latency_s
             + runtime.pass_latency_s,
+            "routed experts": np.asarray(routed_s if read < 1 else 0.0),
             "copies": np.asarray(0.0 if rates.copies_overlap else from_host_s),
             "host link": np.asarray(link_s),
             "disk": np.asarray(disk_bytes / rates.disk_read + kv_disk_s),
         }
-
-    def _expert_share(self, num_tokens: int) -> float:
-        experts, per_token = self.profile.num_experts, self.profile.num_experts_per_token
-        if experts < 2:
-            return 1.0
-        return distinct_experts(experts, per_token, num_tokens) / experts
 
 
 def compute_time(terms: dict[str, Array]) -> Array:
     """Seconds in which the device itself is busy: its products read weights while they compute,
     all else comes one after the other."""
     products = np.maximum(terms["device memory"], terms["compute"])
-    rest = ("attention", "elementwise", "collectives", "latency", "copies")
+    rest = ("attention", "elementwise", "collectives", "latency", "routed experts", "copies")
     return np.asarray(products + sum(terms[name] for name in rest))
 
 
@@ -184,13 +183,15 @@ def unit_row(
     """One unit's contribution to a Load; its slice has ``num_bytes`` and takes ``footprint``."""
     if unit.kind is UnitKind.EMBEDDING:  # a pass gathers its tokens' rows: kilobytes
         return {"embedding_bytes": footprint}
-    expert_bytes = 0
+    expert_bytes = routed_bytes = 0
     flops = 0.0
     activations = 0.0
     for spec in unit.parameters:
         used = 1.0
         if spec.num_experts > 1:
-            expert_bytes += spec.local_bytes(profile.heads, rank, world)
+            held = spec.local_bytes(profile.heads, rank, world)
+            expert_bytes += held
+            routed_bytes += held if profile.is_routed(spec) else 0
             used = profile.num_experts_per_token / spec.num_experts
         shape = spec.local_shape(profile.heads, rank, world)
         elements = math.prod(shape)
@@ -212,6 +213,7 @@ def unit_row(
     return {
         "dense_bytes": num_bytes - expert_bytes,
         "expert_bytes": expert_bytes,
+        "routed_bytes": routed_bytes,
         "stream_bytes": footprint,
         **work,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,6 +59,15 @@ class PassWork:
     moved_bytes: dict[str, int]
 
 
+class _Streams(NamedTuple):
+    """Bytes that do not stay on the device, and the routed experts' part of them."""
+
+    streamed_bytes: int
+    disk_bytes: int
+    streamed_experts: int
+    disk_experts: int
+
+
 def pass_work(plan: PartitionPlan, problem: PlanningProblem) -> PassWork:
     """The decode pass that ``plan``, made for ``problem``, was forecast for."""
     return _Pricing(plan, problem).work()
@@ -104,8 +114,8 @@ class _Pricing:
             tier = shard.tier_of(unit.name)
             key = (tier, *row.items())
             if key not in priced:
-                streamed, on_disk = self._streamed(unit, shard)
-                terms = self._terms(_load(row), shard, held, streamed, on_disk)
+                streams = self._streamed(unit, shard)
+                terms = self._terms(_load(row), shard, held, streams)
                 busy = float(compute_time(terms)) - float(compute_time(idle))
                 collectives = float(terms["collectives"])
                 priced[key] = UnitWork(
@@ -115,7 +125,7 @@ class _Pricing:
                     host_link_s=float(terms["host link"]),
                     compute_s=busy - collectives,
                     collectives_s=collectives,
-                    ring_bytes=streamed,
+                    ring_bytes=streams.streamed_bytes,
                 )
             works.append(replace(priced[key], unit=unit.name))
         return StageWork(
@@ -153,33 +163,32 @@ class _Pricing:
             rows.append(row)
         return rows
 
-    def _streamed(self, unit: Unit, shard: ShardPlan) -> tuple[int, int]:
-        """Bytes of the shard's slice that every pass brings to the device, and those from NVMe."""
+    def _streamed(self, unit: Unit, shard: ShardPlan) -> _Streams:
+        """What the shard's slice has that does not stay."""
         tier = shard.tier_of(unit.name)
         if tier is Tier.DEVICE or not may_stream(unit):
-            return 0, 0
-        num_bytes = self._table.footprint(unit, shard.tp_rank)
-        return num_bytes, num_bytes if tier is Tier.NVME else 0
+            return _Streams(0, 0, 0, 0)
+        num_bytes, routed = self._table.stream_size(unit, shard.tp_rank)
+        on_disk = tier is Tier.NVME
+        return _Streams(num_bytes, num_bytes * on_disk, routed, routed * on_disk)
 
-    def _shard_streamed(self, stage: StagePlan, shard: ShardPlan) -> tuple[int, int]:
+    def _shard_streamed(self, stage: StagePlan, shard: ShardPlan) -> _Streams:
         units = self._profile.stage_units(stage.first_layer, stage.end_layer)
         parts = [self._streamed(unit, shard) for unit in units]
-        return sum(part[0] for part in parts), sum(part[1] for part in parts)
+        return _Streams(*(sum(each) for each in zip(*parts, strict=True)))
 
     def _shard_terms(
         self, stage: StagePlan, shard: ShardPlan, held: StageDevices
     ) -> dict[str, Array]:
         load = self._table.loads[shard.tp_rank].at(stage.first_layer, stage.end_layer)
-        streamed, on_disk = self._shard_streamed(stage, shard)
-        return self._terms(load, shard, held, streamed, on_disk, send=True)
+        return self._terms(load, shard, held, self._shard_streamed(stage, shard), send=True)
 
     def _terms(
         self,
         load: Load,
         shard: ShardPlan,
         held: StageDevices,
-        streamed: int = 0,
-        on_disk: int = 0,
+        streams: _Streams | None = None,
         *,
         send: bool = False,
     ) -> dict[str, Array]:
@@ -187,8 +196,7 @@ class _Pricing:
             load,
             self._shape,
             held.devices[shard.tp_rank].bandwidths,
-            streamed,
-            on_disk,
+            *(streams or ()),
             group_link=held.group_link,
             next_link=held.next_link if send else None,
         )
@@ -200,7 +208,8 @@ class _Pricing:
         hidden states (all-reduced twice a layer, and sent to the next stage)."""
         shape, world = self._shape, self._table.tensor_parallel
         load = self._table.loads[shard.tp_rank].at(stage.first_layer, stage.end_layer)
-        streamed, on_disk = self._shard_streamed(stage, shard)
+        streams = self._shard_streamed(stage, shard)
+        left_out = 1 - self._profile.streamed_expert_share(shape.num_tokens)
         weights = (
             float(terms["device memory"]) * held.devices[shard.tp_rank].bandwidths.device_memory
         )
@@ -211,8 +220,10 @@ class _Pricing:
         sent = hidden if held.next_link is not None else 0
         return {
             "device memory": weights + cached,
-            "host link": streamed + cached * (shape.host_kv + shape.nvme_kv),
-            "disk": on_disk + cached * shape.nvme_kv,
+            "host link": streams.streamed_bytes
+            - left_out * streams.streamed_experts
+            + cached * (shape.host_kv + shape.nvme_kv),
+            "disk": streams.disk_bytes - left_out * streams.disk_experts + cached * shape.nvme_kv,
             "between devices": reduced + sent,
         }
 

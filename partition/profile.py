@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcache.layout import KVLayerSpec, KVLayout
+from partition.routing import WHOLE_SHARE, distinct_experts
 from partition.sharding import HeadCounts, ParameterSpec, ShardRule, deal_ranges
 
 
@@ -134,6 +135,25 @@ class ModelProfile:
             spec.num_elements for spec in self._parameters.values() if spec.num_experts > 1
         )
         return self.num_parameters - experts + round(experts * share)
+
+    def expert_share(self, num_tokens: int) -> float:
+        """The expected share of a layer's experts that some token of a pass is routed to."""
+        if self.num_experts < 2:
+            return 1.0
+        distinct = distinct_experts(self.num_experts, self.num_experts_per_token, num_tokens)
+        return distinct / self.num_experts
+
+    def reads_whole_experts(self, num_tokens: int) -> bool:
+        """Whether a pass reads all experts of a layer ahead, needed or not."""
+        return self.expert_share(num_tokens) > WHOLE_SHARE
+
+    def streamed_expert_share(self, num_tokens: int) -> float:
+        """The share of a layer's routed experts that a pass reads where they do not stay."""
+        return 1.0 if self.reads_whole_experts(num_tokens) else self.expert_share(num_tokens)
+
+    def is_routed(self, spec: ParameterSpec) -> bool:
+        """Whether the parameter is the experts', of which a pass reads those that it routes to."""
+        return spec.num_experts > 1 and spec.name in self.expert_styles
 
     @cached_property
     def num_bytes(self) -> int:

@@ -14,7 +14,7 @@ from kvcache.layout import DTYPE_BYTES, KVLayerSpec
 from partition.cost import Load, page_rounded, unit_row
 from partition.profile import ModelProfile, Unit, UnitKind
 from partition.sharding import ParameterSpec
-from partition.tier_choice import RING_DEPTHS, ring_bytes
+from partition.tier_choice import RING_DEPTHS, UnitClass, ring_bytes
 
 TENSOR_ALIGNMENT = 64
 """Within a unit each tensor starts at a multiple of this many bytes."""
@@ -182,10 +182,17 @@ class StageTable:
         }
         return [known[id(load)] for load in self.loads]
 
-    def stream_classes(self, units: tuple[Unit, ...], rank: int) -> tuple[tuple[int, int], ...]:
-        """(page-rounded size, count) of the units that may lie on any tier, largest first."""
-        sizes = Counter(self.footprint(unit, rank) for unit in units if may_stream(unit))
-        return tuple(sorted(sizes.items(), reverse=True))
+    def stream_classes(self, units: tuple[Unit, ...], rank: int) -> tuple[UnitClass, ...]:
+        """Those of the units that may lie on any tier, largest first."""
+        sizes = Counter(self.stream_size(unit, rank) for unit in units if may_stream(unit))
+        return tuple(
+            UnitClass(size, count, routed)
+            for (size, routed), count in sorted(sizes.items(), reverse=True)
+        )
+
+    def stream_size(self, unit: Unit, rank: int) -> tuple[int, int]:
+        """A rank's bytes of a unit on any tier, in pages, and those of its routed experts."""
+        return self.footprint(unit, rank), int(self._row(unit, rank).get("routed_bytes", 0))
 
     def longest_ring_bytes(self, rank: int) -> int:
         """The least ring that a rank needs if its largest units stream."""
@@ -196,7 +203,11 @@ class StageTable:
         whole = self.profile.stage_units(0, self.profile.num_layers)
         return [
             ring_bytes(
-                [size for size, count in self.stream_classes(whole, rank) for _ in range(count)],
+                [
+                    each.size
+                    for each in self.stream_classes(whole, rank)
+                    for _ in range(each.number)
+                ],
                 min(RING_DEPTHS),
             )
             for rank in range(self.tensor_parallel)

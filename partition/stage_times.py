@@ -14,7 +14,7 @@ from partition.cluster import DeviceSpec, StageDevices
 from partition.cost import PAGE_BYTES, CostModel, Load, PassShape, compute_time, pass_time
 from partition.sizing import Sizing
 from partition.stage_table import StageTable
-from partition.tier_choice import TierChoice, TierProblem, choose_tiers
+from partition.tier_choice import TierChoice, TierProblem, UnitClass, choose_tiers
 
 Run = tuple[int, int]
 
@@ -86,6 +86,8 @@ class StageTimes:
                 held.devices[rank].bandwidths,
                 choice.streamed_bytes,
                 choice.disk_bytes,
+                choice.streamed_experts,
+                choice.disk_experts,
                 group_link=held.group_link,
                 next_link=held.next_link,
             )
@@ -105,7 +107,7 @@ class StageTimes:
             yield known[key]
 
     def _choice(
-        self, rank: int, held: StageDevices, load: Load, classes: tuple[tuple[int, int], ...]
+        self, rank: int, held: StageDevices, load: Load, classes: tuple[UnitClass, ...]
     ) -> TierChoice | None:
         problem = self._tier_problem(rank, held, load, classes)
         if problem not in self._tiers:
@@ -117,7 +119,7 @@ class StageTimes:
         return choice
 
     def _tier_problem(
-        self, rank: int, held: StageDevices, load: Load, classes: tuple[tuple[int, int], ...]
+        self, rank: int, held: StageDevices, load: Load, classes: tuple[UnitClass, ...]
     ) -> TierProblem:
         device = held.devices[rank]
         room = self._room(rank, load, device)
@@ -138,6 +140,7 @@ class StageTimes:
             host_link=device.bandwidths.host_to_device,
             disk=device.bandwidths.disk_read,
             staged=device.staged,
+            routed_share=self.table.profile.streamed_expert_share(self.decode.num_tokens),
         )
 
     def _room(self, rank: int, load: Load, device: DeviceSpec) -> Room:
@@ -178,19 +181,35 @@ class StageTimes:
             resident = load.stream_bytes <= room.device
             streamed = np.where(resident, 0.0, load.stream_bytes - room.device)
             on_disk = np.maximum(0.0, streamed - room.host)
-            terms = self.costs.terms(
-                load,
-                self.decode,
-                device.bandwidths,
-                streamed,
-                on_disk,
-                group_link=held.group_link,
-                next_link=held.next_link,
+            # the terms' own least: experts stream before all else, or lie on disk after all else
+            dense = load.stream_bytes - load.routed_bytes
+            bounds = [
+                self.costs.terms(
+                    load,
+                    self.decode,
+                    device.bandwidths,
+                    streamed,
+                    on_disk,
+                    streamed_experts,
+                    disk_experts,
+                    group_link=held.group_link,
+                    next_link=held.next_link,
+                )
+                for streamed_experts, disk_experts in (
+                    (
+                        np.minimum(load.routed_bytes, streamed),
+                        np.minimum(load.routed_bytes, on_disk),
+                    ),
+                    (np.maximum(0.0, streamed - dense), np.maximum(0.0, on_disk - dense)),
+                )
+            ]
+            seconds = np.maximum(
+                np.maximum(bounds[0]["host link"], bounds[0]["disk"]), compute_time(bounds[1])
             )
             fits = (room.device >= 0) & (room.host >= 0) & (room.nvme >= 0)
             fits &= load.stream_bytes + load.embedding_bytes <= room.device + room.host + room.nvme
             fits &= resident | room.may_stream
-            slowest = np.maximum(slowest, np.where(fits, pass_time(terms), np.inf))
+            slowest = np.maximum(slowest, np.where(fits, seconds, np.inf))
             left = np.maximum(room.device - load.stream_bytes, np.maximum(room.host, room.nvme))
             exact &= resident & (load.embedding_bytes <= left)
         return slowest, exact | np.isinf(slowest)

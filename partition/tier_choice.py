@@ -4,6 +4,7 @@ units."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvcache.tier import Tier
 from partition.cost import PAGE_BYTES
@@ -17,17 +18,28 @@ TIE_BREAK = 1e-6
 unit."""
 
 
+class UnitClass(NamedTuple):
+    """``number`` units of ``size`` bytes, of which ``routed`` are experts that a pass may leave
+    out."""
+
+    size: int
+    number: int
+    routed: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierProblem:
     """One shard's choice. All sizes are page-rounded bytes; capacities are what weights may take.
 
-    ``classes`` are (size, count) of the units that stream from wherever they lie, sizes falling;
+    ``classes`` are those of the units that stream from wherever they lie, sizes falling;
+    ``routed_share`` is the part of their routed experts that a pass reads, once it has computed
+    up to the router (1: it reads all ahead);
     ``embedding`` is the size of the embedding, of which a pass reads rows only (0: none).
     ``staged``: the host holds two buffers for the largest streamed unit on NVMe.
     ``floor_s`` is the time below which fewer streamed bytes gain nothing.
     """
 
-    classes: tuple[tuple[int, int], ...]
+    classes: tuple[UnitClass, ...]
     embedding: int
     device_bytes: int
     host_bytes: int
@@ -36,10 +48,11 @@ class TierProblem:
     host_link: float
     disk: float
     staged: bool = False
+    routed_share: float = 1.0
 
     @property
     def stream_bytes(self) -> int:
-        return sum(size * count for size, count in self.classes)
+        return sum(each.size * each.number for each in self.classes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +68,8 @@ class TierChoice:
     staging_bytes: int
     streamed_bytes: int
     disk_bytes: int
+    streamed_experts: int
+    disk_experts: int
     free_device_bytes: int
 
 
@@ -64,16 +79,16 @@ def ring_bytes(streamed: list[int], depth: int) -> int:
 
 
 def choose_tiers(problem: TierProblem) -> TierChoice | None:
-    """The tiers with the least ``max(floor, streamed / link, disk bytes / disk)``; None: nothing
-    fits.
+    """The tiers with the least ``max(floor + routed experts, streamed / link, disk bytes / disk)``;
+    None: nothing fits.
 
     The ring comes first: it is as deep as `RING_DEPTHS` allows, and what is left pins units. Ties
     go to the faster tiers. Pinning is optimal because a pass is a cyclic scan: every byte that
-    is not resident moves once a pass, whichever it is.
+    is not resident moves once a pass, whichever it is, but for experts that it leaves out.
     """
     if min(problem.device_bytes, problem.host_bytes, problem.nvme_bytes) < 0:
         return None
-    counts = tuple(count for _, count in problem.classes)
+    counts = tuple(each.number for each in problem.classes)
     if problem.stream_bytes <= problem.device_bytes:
         none = (0,) * len(counts)
         return _finish(problem, counts, none, none, 0)
@@ -104,7 +119,8 @@ def _finish(
     depth: int,
 ) -> TierChoice | None:
     """Check the counts in exact integers, move units up into what is free, place the embedding."""
-    sizes = [size for size, _ in problem.classes]
+    sizes = [each.size for each in problem.classes]
+    routed = [each.routed for each in problem.classes]
     on_device, in_host, in_nvme = list(resident), list(on_host), list(on_nvme)
 
     def ring() -> int:
@@ -115,8 +131,8 @@ def _finish(
         ]
         return ring_bytes(streamed, depth)
 
-    def total(counts: list[int]) -> int:
-        return sum(s * c for s, c in zip(sizes, counts, strict=True))
+    def total(counts: list[int], of: list[int] = sizes) -> int:
+        return sum(s * c for s, c in zip(of, counts, strict=True))
 
     def staging() -> int:
         read = (size for size, count in zip(sizes, in_nvme, strict=True) if count)
@@ -157,6 +173,8 @@ def _finish(
         staging_bytes=staging(),
         streamed_bytes=total(in_host) + total(in_nvme),
         disk_bytes=total(in_nvme),
+        streamed_experts=total(in_host, routed) + total(in_nvme, routed),
+        disk_experts=total(in_nvme, routed),
         free_device_bytes=free()[Tier.DEVICE] - reserved[Tier.DEVICE],
     )
 
@@ -175,8 +193,8 @@ def _solve(
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    sizes = [size for size, _ in problem.classes]
-    counts = [count for _, count in problem.classes]
+    sizes = [each.size for each in problem.classes]
+    counts = [each.number for each in problem.classes]
     n = len(sizes)
     d, h, z, *reached = (range(k * n, (k + 1) * n) for k in range(3 + depth))
     e_d, e_h, r, s, t = range((3 + depth) * n, (3 + depth) * n + 5)
@@ -184,6 +202,10 @@ def _solve(
         max(sizes)
     )  # bytes in units of the largest class, times in those of one of its reads
     size = [s / scale for s in sizes]
+    routed = [each.routed * problem.routed_share / scale for each in problem.classes]
+    left_out = [each.routed * (1 - problem.routed_share) / scale for each in problem.classes]
+    moved = [s - out for s, out in zip(size, left_out, strict=True)]
+    all_moved = sum(m * count for m, count in zip(moved, counts, strict=True))
     slot = [*((s + PAGE_BYTES) / scale for s in sizes), 0.0]
     embedding = problem.embedding / scale
     stream = problem.stream_bytes / scale
@@ -207,8 +229,16 @@ def _solve(
         problem.nvme_bytes * keep - stream - embedding,
     )
     at_most({e_d: 1.0, e_h: 1.0}, 1.0)
-    at_most({**{d[c]: -size[c] for c in range(n)}, t: -problem.host_link / problem.disk}, -stream)
-    at_most({**off_nvme, t: -1.0}, -stream)
+    per_link = problem.disk / problem.host_link
+    at_most({**{d[c]: -moved[c] for c in range(n)}, t: -1 / per_link}, -all_moved)
+    read = {**{d[c]: -moved[c] for c in range(n)}, **{h[c]: -moved[c] for c in range(n)}}
+    at_most({**read, t: -1.0}, -all_moved)
+    floor = problem.floor_s * problem.disk / scale
+    if problem.routed_share < 1:
+        all_routed = sum(r * count for r, count in zip(routed, counts, strict=True))
+        waits = {**{d[c]: -routed[c] for c in range(n)}}
+        waits |= {h[c]: (per_link - 1) * routed[c] for c in range(n)}
+        at_most({**waits, t: -1.0}, -floor - all_routed)
     for c in range(n):
         at_most({d[c]: 1.0, h[c]: 1.0}, counts[c])
         above = range(c + 1)
@@ -227,7 +257,7 @@ def _solve(
         for column, value in row.items():
             matrix[index, column] = value
     lower_bounds = np.zeros(num)
-    lower_bounds[t] = problem.floor_s * problem.disk / scale
+    lower_bounds[t] = floor
     upper_bounds = np.array([*counts, *counts, *[1.0] * ((1 + depth) * n), 1.0, 1.0, *[np.inf] * 3])
     cost = np.zeros(num)
     cost[t] = 1.0

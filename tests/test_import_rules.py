@@ -88,6 +88,7 @@ LIGHT = (
     "partition.plan_queue",
     "partition.problem",
     "partition.profile",
+    "partition.routing",
     "partition.scoring",
     "partition.search",
     "partition.sharding",

@@ -8,7 +8,7 @@ hands out.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +33,10 @@ from partition.profile import AttentionKind, ModelProfile, Unit, UnitKind
 class Weights(Protocol):
     """Where the stage gets its tensors from (kvcache.weights.WeightManager)."""
 
+    whole_experts: bool
+
     def acquire(self, unit: str) -> dict[str, torch.Tensor]: ...
+    def acquire_experts(self, unit: str, experts: Sequence[int]) -> None: ...
     def release(self, unit: str) -> None: ...
     def gather_rows(self, unit: str, tensor: str, ids: torch.Tensor) -> torch.Tensor: ...
 
@@ -131,6 +134,7 @@ class StageModel:
             else:
                 for module in self._entries(unit):
                     module.register_forward_pre_hook(self._entering(unit.name))
+                self._hook_experts(unit)
         if self.is_first:
             self._hook_embedding()
 
@@ -156,6 +160,32 @@ class StageModel:
 
     def _entering(self, unit: str) -> Callable[[nn.Module, Any], None]:
         return lambda module, args: self._use(unit)
+
+    def _hook_experts(self, unit: Unit) -> None:
+        """Once a pass is routed, bring the experts that it needs."""
+        routed = filter(self.profile.is_routed, unit.parameters)
+        for path, spec in {spec.name.rpartition(".")[0]: spec for spec in routed}.items():
+            first, stop = 0, spec.num_experts
+            if self.profile.expert_parallel and spec.rule is not None:
+                heads, group = self.profile.heads, self._group
+                ((first, stop),) = spec.ranges(heads, group.rank, group.world)
+            self.model.get_submodule(path).register_forward_pre_hook(
+                self._routed(unit.name, first, stop), with_kwargs=True
+            )
+
+    def _routed(self, unit: str, first: int, stop: int) -> Callable[..., None]:
+        def fetch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert self._weights is not None
+            given = (*args, *kwargs.values())
+            routes = next((t for t in given if not t.is_floating_point()), None)
+            if routes is None:  # it runs every token through every expert
+                experts = list(range(stop - first))
+            else:
+                found: list[int] = torch.unique(routes).tolist()
+                experts = [expert - first for expert in found if first <= expert < stop]
+            self._weights.acquire_experts(unit, experts)
+
+        return fetch
 
     def _use(self, unit: str) -> None:
         if unit == self._current:
@@ -224,6 +254,8 @@ class StageModel:
         self, inputs: torch.Tensor, specs: list[ChunkSpec], block_size: int, logit_rows: list[int]
     ) -> torch.Tensor:
         """Run the stage for the chunks ``specs``, laid one after the other in ``inputs``."""
+        assert self._weights is not None
+        self._weights.whole_experts = self.profile.reads_whole_experts(inputs.shape[0])
         if self._generic:
             return self._forward_one_by_one(inputs, specs, block_size, logit_rows)
         latent = self.profile.attention is AttentionKind.LATENT

@@ -6,6 +6,8 @@ small, so that the products vanish beside what is measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import LlamaConfig
 
@@ -36,12 +38,17 @@ LEAST_S = 1e-6
 class _PlainWeights:
     """Every unit on the device, all the time."""
 
+    whole_experts = True
+
     def __init__(self, tensors: dict[str, torch.Tensor], stage: StageModel) -> None:
         self._tensors = tensors
         self._names = {unit.name: [p.name for p in unit.parameters] for unit in stage.units}
 
     def acquire(self, unit: str) -> dict[str, torch.Tensor]:
         return {name: self._tensors[name] for name in self._names[unit]}
+
+    def acquire_experts(self, unit: str, experts: Sequence[int]) -> None:
+        return
 
     def release(self, unit: str) -> None:
         return

@@ -121,15 +121,14 @@ class Oracle:
         for run in combinations(range(layers + 1), 2):
             slowest = 0.0
             for rank in range(self.table.tensor_parallel):
-                streams, disks = self._assignments(rank, run, device, sizing)
+                streams = self._assignments(rank, run, device, sizing)
                 seconds = np.inf
-                if len(streams):
+                if len(streams[0]):
                     terms = self.costs.terms(
                         self.table.loads[rank].at(*run),
                         shape,
                         rates,
-                        streams,
-                        disks,
+                        *streams,
                         group_link=node.link,
                         next_link=next_link,
                     )
@@ -140,13 +139,14 @@ class Oracle:
 
     def _assignments(
         self, rank: int, run: tuple[int, int], device: DeviceSpec, sizing: Sizing
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(streamed, disk) bytes of every assignment of the run's units that keeps the budgets,
-        with the deepest ring beside which any does."""
+    ) -> tuple[np.ndarray, ...]:
+        """Streamed bytes, those on disk, and the routed experts' part of both, of every assignment
+        of the run's units that keeps the budgets, with the deepest ring beside which any does."""
         units = self.profile.stage_units(*run)
         world = self.table.tensor_parallel
         kv = self.profile.kv_layout(*run, self.constraints.block_size, rank, world).block_bytes
-        sizes = np.array([self.table.footprint(u, rank) for u in units if may_stream(u)])
+        streaming = [self.table.stream_size(u, rank) for u in units if may_stream(u)]
+        sizes, routed = np.array(streaming).T
         rows = [u for u in units if u.kind is UnitKind.EMBEDDING]
         embedding = sum(self.table.footprint(u, rank) for u in rows)
         small = sum(self.table.footprint(u, rank) for u in units if u.kind is UnitKind.SMALL)
@@ -177,9 +177,14 @@ class Oracle:
             fits = may & np.all([each >= 0 for each in left], axis=0)
             fits &= np.any([each >= embedding for each in left], axis=0)
             if fits.any():
-                on_nvme = held[Tier.NVME][fits]
-                return streamed.sum(axis=1)[fits], on_nvme
-        return np.zeros(0), np.zeros(0)
+                places = tiers[fits]
+                return (
+                    streamed.sum(axis=1)[fits],
+                    held[Tier.NVME][fits],
+                    (places != 0) @ routed,
+                    (places == 2) @ routed,
+                )
+        return (np.zeros(0),)
 
 
 @cache

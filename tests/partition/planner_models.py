@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvcache.layout import KVLayerSpec
 from kvcache.tier import TierBudget
 from partition import Bandwidths, GemmRate, Link, ModelProfile, RuntimeRates
+from partition.parallel_plan import EXPERT_PARAMETERS
 from partition.profile import AttentionKind, Unit, UnitKind
 from partition.sharding import Deal, HeadCounts, ParameterSpec, ShardRule
 
@@ -29,6 +30,12 @@ def _matrix(name: str, rows: int, columns: int, rule: ShardRule | None) -> Param
     return ParameterSpec(name=name, shape=(rows, columns), dtype_bytes=2, rule=rule)
 
 
+def _experts(name: str, count: int, rows: int, columns: int, rule: ShardRule) -> ParameterSpec:
+    return ParameterSpec(
+        name=name, shape=(count, rows, columns), dtype_bytes=2, rule=rule, num_experts=count
+    )
+
+
 def llama_like(
     num_layers: int = 4,
     hidden: int = 64,
@@ -39,8 +46,10 @@ def llama_like(
     tied: bool = False,
     max_positions: int = 1024,
     mlp_sizes: tuple[int, ...] | None = None,
+    num_experts: int = 0,
 ) -> ModelProfile:
-    """A decoder of bf16 layers: attention q/k/v/o, an MLP of up and down, a norm, untied ends."""
+    """A decoder of bf16 layers: attention q/k/v/o, an MLP of up and down, a norm, untied ends. With
+    experts these share the MLP, and a token is routed to one of them."""
     head_dim = hidden // query
     units = [
         Unit(
@@ -68,6 +77,12 @@ def llama_like(
             UnitKind.MLP: (
                 _matrix(f"{i}.up", wide, hidden, ShardRule(dim=0)),
                 _matrix(f"{i}.down", hidden, wide, ShardRule(dim=1)),
+            )
+            if not num_experts
+            else (
+                _matrix(f"{i}.router", num_experts, hidden, None),
+                _experts(f"{i}.up", num_experts, wide // num_experts, hidden, ShardRule(dim=1)),
+                _experts(f"{i}.down", num_experts, hidden, wide // num_experts, ShardRule(dim=2)),
             ),
         }
         units += [
@@ -105,4 +120,12 @@ def llama_like(
         ),
         kv_sharded=True,
         max_position_embeddings=max_positions,
+        num_experts=num_experts,
+        num_experts_per_token=min(1, num_experts),
+        expert_styles={
+            f"{i}.{name}": EXPERT_PARAMETERS
+            for i in range(num_layers)
+            for name in ("up", "down")
+            if num_experts
+        },
     )

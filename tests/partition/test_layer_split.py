@@ -11,8 +11,8 @@ from planner_models import LINK, RATES, budget, llama_like
 
 from partition import Constraints, PartitionPlan, PlanError, plan
 from partition.cluster import ClusterSpec, DeviceSpec, NodeSpec
-from partition.cost import distinct_experts
 from partition.layer_split import chain_times, cut_time, cut_times, split_layers
+from partition.routing import distinct_experts
 
 
 def cuts(num_layers: int, stages: int) -> list[tuple[tuple[int, int], ...]]:

@@ -58,10 +58,13 @@ def clusters(draw: st.DrawFn) -> ClusterSpec:
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelProfile:
-    """2 to 4 layers, of 5 to 9 units that stream."""
+    """2 to 4 layers, of 5 to 9 units that stream, some of experts."""
     sizes = draw(st.lists(st.integers(1, 6), min_size=2, max_size=4))
     return llama_like(
-        num_layers=len(sizes), mlp_sizes=tuple(64 * size for size in sizes), max_positions=64
+        num_layers=len(sizes),
+        mlp_sizes=tuple(64 * size for size in sizes),
+        max_positions=64,
+        num_experts=draw(st.sampled_from([0, 16])),
     )
 
 
@@ -73,7 +76,9 @@ def test_the_plan_is_as_good_as_the_best_of_all(
     alike = [node.devices.count(device) for node in cluster.nodes for device in set(node.devices)]
     tensor = data.draw(st.sampled_from([1, 1, min(2, max(alike))]))
     workload = Workload(prompt_tokens=16, output_tokens=16, concurrency=2)
-    fixed = Constraints(tensor_parallel=tensor, max_num_batched_tokens=64, max_model_len=32)
+    fixed = Constraints(
+        tensor_parallel=tensor, expert_parallel=False, max_num_batched_tokens=64, max_model_len=32
+    )
     oracle = Oracle(model, cluster, workload, fixed, tensor)
     count = min(stages, model.num_layers, sum(count // tensor for count in alike))
     best = oracle.best_rate(_sizings(model, cluster, workload, fixed, count), count)
