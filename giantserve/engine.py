@@ -33,6 +33,7 @@ from giantserve.scheduler import Scheduler, SchedulerConfig
 from giantserve.sequence_output import SequenceOutput
 from giantserve.step import StepResult
 from giantserve.tokenizer import load_tokenizer
+from giantserve.trace_file import write_trace
 from kvcache.block_pool import BlockPool
 from partition.plan import PartitionPlan
 
@@ -202,6 +203,8 @@ class Engine:
         self._executor.wake()
         self._thread.join()
         self._executor.close()
+        if self.config.trace is not None:
+            write_trace(self.config.trace, self.plan, self._executor.spans)
 
     def _enqueue(self, action: Callable[[], None]) -> None:
         """Have the engine's thread run ``action``; raises EngineDeadError where there is none."""

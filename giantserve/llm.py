@@ -40,6 +40,7 @@ class LLM:
         host_memory: int | str | None = None,
         nvme_memory: int | str | None = None,
         nvme_dir: str | Path | None = None,
+        trace: str | Path | None = None,
         plan: PartitionPlan | None = None,
         on_progress: Callable[[int, LoadProgress], None] = lambda rank, progress: None,
         launcher: Launcher | None = None,
@@ -54,6 +55,7 @@ class LLM:
             host_memory=_bytes("host_memory", host_memory),
             nvme_memory=_bytes("nvme_memory", nvme_memory),
             nvme_dir=None if nvme_dir is None else Path(nvme_dir),
+            trace=None if trace is None else Path(trace),
             **options,
         )
         _show_log()

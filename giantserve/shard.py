@@ -25,6 +25,7 @@ from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore
 from kvcache.shard_store import ShardStore
 from kvcache.tier import Tier
+from kvcache.trace import Trace
 from kvcache.transfer_stats import Link, LinkTotals
 from kvcache.weights import UnitLayout, WeightManager
 from partition.meta_model import ATTENTION_NAME, build_meta_model
@@ -60,6 +61,7 @@ class Shard:
         self._stage = plan.stages[self._shard.stage]
         self._device = torch.device(spec.device)
         self._link = link
+        self._trace = Trace() if spec.trace else None
         config = load_config(plan.model, plan.dtype, spec.trust_remote_code)
         profile = ModelProfile.from_config(config)
         if plan.expert_parallel:
@@ -85,7 +87,9 @@ class Shard:
         self._rotation = self._make_rotation(spec)
         self._weights = self._load_weights(spec, config, profile, tensor_parallel, progress)
         resident = {p.unit for p in self._shard.placements if p.tier is Tier.DEVICE}
-        self._model.attach(self._weights, self._kv, resident, self.device_arena, self._rotation)
+        self._model.attach(
+            self._weights, self._kv, resident, self.device_arena, self._rotation, self._trace
+        )
         self._sampler = Sampler()
         self._sequences: dict[int, _Sequence] = {}
         self._busy_s = 0.0
@@ -105,6 +109,7 @@ class Shard:
             device_arena=self.device_arena,
             host_arena=self.host_arena,
             folder=None if spec.nvme_dir is None else spec.nvme_dir / "kv",
+            trace=self._trace,
         )
         self._kv.extend(rotation)
         return rotation
@@ -180,6 +185,7 @@ class Shard:
             host_arena=self.host_arena,
             ring_bytes=self._shard.ring_bytes,
             store=store,
+            trace=self._trace,
         )
         weights.load(fill, advance)
         return weights
@@ -202,6 +208,9 @@ class Shard:
             self._passes += 1
         elapsed = time.perf_counter() - started
         self._busy_s += elapsed
+        if self._trace is not None:
+            what = f"{plan.num_tokens} tokens of {len(plan.chunks)} sequences"
+            self._trace.add("passes", what, started)
         if not (self._model.is_last and self._shard.tp_rank == 0):
             return None
         tokens, prompts = result or ((), {})
@@ -334,6 +343,14 @@ class Shard:
             ],
             "stall_s": self._weights.transfers.stall_s,
         }
+
+    @property
+    def keeps_trace(self) -> bool:
+        return self._trace is not None
+
+    def spans(self) -> list[dict[str, Any]]:
+        """What it did when, as plain data; nothing where it keeps no trace."""
+        return [] if self._trace is None else self._trace.snapshot()
 
     def _link_totals(self) -> dict[Link, LinkTotals]:
         rotated = {} if self._rotation is None else self._rotation.transfers.snapshot()

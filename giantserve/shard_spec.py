@@ -11,7 +11,7 @@ from partition.plan import PartitionPlan
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSpec:
     """Rank ``rank`` of ``plan``. ``nvme_dir`` holds the shard store; ``device`` is a torch
-    device."""
+    device. ``trace``: it keeps spans of what it does."""
 
     plan: PartitionPlan
     rank: int
@@ -19,3 +19,4 @@ class ShardSpec:
     device: str
     num_threads: int
     trust_remote_code: bool = False
+    trace: bool = False

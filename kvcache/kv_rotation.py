@@ -27,6 +27,7 @@ from kvcache.kv_store import KVStore, KVViews, layer_views
 from kvcache.micro_batch import NUM_BUFFERS, MicroBatch
 from kvcache.storage.posix import PosixBackend
 from kvcache.tier import Tier
+from kvcache.trace import Trace
 from kvcache.transfer_stats import Link, TransferStats
 
 CHUNK_BYTES = 1 << 20
@@ -77,6 +78,7 @@ class KVRotation:
         device_arena: Arena,
         host_arena: Arena,
         folder: Path | None,
+        trace: Trace | None = None,
     ) -> None:
         """``num_slots`` pieces fit into each of the `NUM_BUFFERS` buffers on the device. NVMe
         blocks lie in a file in ``folder``. Raises what `KVFile` raises, and TierFullError."""
@@ -104,7 +106,7 @@ class KVRotation:
             self._file = KVFile(folder, self._strides, num_nvme_blocks, backend)
         self._checks = [PieceChecksum(stride) for stride in self._strides]
         self._sums = torch.zeros(len(self._strides), num_nvme_blocks, dtype=torch.int64)
-        self.transfers = TransferStats()
+        self.transfers = TransferStats(trace)
         self._jobs: list[_Job] = []
         self._at = 0
         self._lost: set[CachedBlock] = set()
@@ -225,9 +227,9 @@ class KVRotation:
         for tier, slots, rows in job.moves.gathers:
             target = (buffer if tier is Tier.DEVICE else landing)[slots, : piece.num_bytes]
             link = Link("kv", tier, Tier.DEVICE)
-            self.transfers.begin(link)
+            begun_s = self.transfers.begin(link)
             torch.index_select(_words(self._homes[tier][:, part]), 0, rows, out=_words(target))
-            self.transfers.end(link, target.nbytes)
+            self.transfers.end(link, target.nbytes, begun_s, f"layer {job.layer}")
 
     def _read(self, job: _Job) -> None:
         """Start the job's reads from NVMe."""
@@ -238,9 +240,9 @@ class KVRotation:
         link = Link("kv", Tier.NVME, Tier.DEVICE)
         for run in job.moves.reads:
             target = landing[run].flatten()
-            self.transfers.begin(link)
+            count = partial(self._count, link, target.nbytes, self.transfers.begin(link), job)
             future = self._file.submit_read(job.layer, self._on_nvme(job, run), target)
-            future.add_done_callback(partial(self._count, link, target.nbytes))
+            future.add_done_callback(count)
             job.reads.append((run, future))
 
     def _on_nvme(self, job: _Job, run: slice) -> int:
@@ -248,8 +250,11 @@ class KVRotation:
         first: int = run.start
         return job.moves.micro_batch.blocks[first] - self._first_nvme
 
-    def _count(self, link: Link, num_bytes: int, done: Future[None]) -> None:
-        self.transfers.end(link, 0 if done.exception() else num_bytes)
+    def _count(
+        self, link: Link, num_bytes: int, begun_s: float, job: _Job, done: Future[None]
+    ) -> None:
+        moved = 0 if done.exception() else num_bytes
+        self.transfers.end(link, moved, begun_s, f"layer {job.layer}")
 
     def _wait_for_reads(self, job: _Job, landing: torch.Tensor) -> None:
         for run, future in job.reads:
@@ -282,10 +287,10 @@ class KVRotation:
         for tier, slots, rows in job.moves.scatters:
             home = self._homes[tier]
             link = Link("kv", Tier.DEVICE, tier)
-            self.transfers.begin(link)
+            begun_s = self.transfers.begin(link)
             written = buffer[slots, : piece.num_bytes].to(home.device)
             _words(home[:, part]).index_copy_(0, rows, _words(written))
-            self.transfers.end(link, written.nbytes)
+            self.transfers.end(link, written.nbytes, begun_s, f"layer {job.layer}")
         landing = self._rows(self._landings, job)
         for run in job.moves.writes:
             if self._staged:
@@ -298,9 +303,9 @@ class KVRotation:
         sums = self._checks[job.layer].of(pieces)
         self._sums[job.layer, block : block + pieces.shape[0]] = sums
         link = Link("kv", Tier.DEVICE, Tier.NVME)
-        self.transfers.begin(link)
+        count = partial(self._count, link, pieces.nbytes, self.transfers.begin(link), job)
         future = self._file.submit_write(job.layer, block, pieces.flatten())
-        future.add_done_callback(partial(self._count, link, pieces.nbytes))
+        future.add_done_callback(count)
         job.writes.append((run, future))
 
     def _wait_for_writes(self, job: _Job) -> None:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 from kvcache.tier import Tier
+from kvcache.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,9 @@ class Link:
     kind: str
     source: Tier
     target: Tier
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.source.value} to {self.target.value}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,23 +41,28 @@ class _Counter:
 
 
 class TransferStats:
-    """Counters by link, and the seconds that readers waited for data. Thread-safe."""
+    """Counters by link, and the seconds that readers waited for data. Thread-safe. ``trace`` gets
+    every transfer and every wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, trace: Trace | None = None) -> None:
+        self.trace = trace
         self._lock = threading.Lock()
         self._counters: dict[Link, _Counter] = {}
         self._stall_s = 0.0
 
-    def begin(self, link: Link) -> None:
-        """A transfer starts. Every one ends with `end`."""
+    def begin(self, link: Link) -> float:
+        """A transfer starts: now, for `end`, with which every one ends."""
         with self._lock:
+            now = time.perf_counter()
             counter = self._counters.setdefault(link, _Counter())
             if counter.in_flight == 0:
-                counter.since = time.perf_counter()
+                counter.since = now
             counter.in_flight += 1
+            return now
 
-    def end(self, link: Link, num_bytes: int) -> None:
-        """A transfer of ``num_bytes`` is over; 0 where it failed."""
+    def end(self, link: Link, num_bytes: int, begun_s: float, what: str = "") -> None:
+        """The transfer of ``what`` that began at ``begun_s`` is over, with ``num_bytes``; 0 where
+        it failed."""
         with self._lock:
             counter = self._counters[link]
             counter.in_flight -= 1
@@ -61,11 +70,15 @@ class TransferStats:
             counter.num_bytes += num_bytes
             if counter.in_flight == 0:
                 counter.busy_s += time.perf_counter() - counter.since
+        if self.trace is not None:
+            self.trace.add(str(link), what, begun_s, num_bytes)
 
-    def add_stall(self, seconds: float) -> None:
-        """A reader waited that long."""
+    def add_stall(self, begun_s: float, what: str) -> None:
+        """A reader has waited for ``what`` since ``begun_s``."""
         with self._lock:
-            self._stall_s += seconds
+            self._stall_s += time.perf_counter() - begun_s
+        if self.trace is not None:
+            self.trace.add("waits", what, begun_s)
 
     @property
     def stall_s(self) -> float:

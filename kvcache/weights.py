@@ -24,6 +24,7 @@ from kvcache.ring import Ring
 from kvcache.row_reader import RowReader
 from kvcache.shard_store import ShardStore
 from kvcache.tier import Tier
+from kvcache.trace import Trace
 from kvcache.transfer_stats import Link, TransferStats
 from kvcache.unit_layout import TensorSlot, UnitLayout
 
@@ -56,6 +57,7 @@ class _Flight:
     state: _State = _State.LOADING
     holders: int = 0
     attempts: int = 0
+    begun_s: float = 0.0
     dropped: bool = False
     missing: set[int] = field(default_factory=set)
     error: BaseException | None = None
@@ -88,6 +90,7 @@ class WeightManager:
         ring_bytes: int,
         store: ShardStore | None = None,
         rows_only: Collection[str] = (),
+        trace: Trace | None = None,
     ) -> None:
         """``units`` stand in the order of a pass. Those in ``rows_only`` are read by `gather_rows`
         alone.
@@ -110,7 +113,7 @@ class WeightManager:
         self._ring = Ring(ring_bytes // ALIGNMENT * ALIGNMENT if self._order else 0)
         self._staging = Ring(self._staging_bytes() if self._on_cuda else 0)
         self._check_placements()
-        self.transfers = TransferStats()
+        self.transfers = TransferStats(trace)
         self._resident: dict[str, dict[str, torch.Tensor]] = {}
         self._host: dict[str, torch.Tensor] = {}
         self._owned: list[tuple[Arena, torch.Tensor]] = []
@@ -170,7 +173,7 @@ class WeightManager:
             while flight is None or flight.state is _State.LOADING:
                 started = time.perf_counter()
                 self._changed.wait()
-                self.transfers.add_stall(time.perf_counter() - started)
+                self.transfers.add_stall(started, unit)
                 if flight is None or self._closed:
                     flight = self._locate(unit)
             if flight.error is not None:
@@ -205,8 +208,8 @@ class WeightManager:
                     flight.buffer[low:high].copy_(source[low:high], non_blocking=True)
                     num_bytes += high - low
         finally:
-            self.transfers.end(link, num_bytes)
-        self.transfers.add_stall(time.perf_counter() - started)
+            self.transfers.end(link, num_bytes, started, f"{len(wanted)} experts of {unit}")
+        self.transfers.add_stall(started, unit)
         flight.missing.difference_update(wanted)
 
     def release(self, unit: str) -> None:
@@ -236,18 +239,18 @@ class WeightManager:
             return self._resident[unit][tensor].index_select(0, ids.to(self._device))
         if unit in self._host:
             link = Link("rows", Tier.HOST, Tier.DEVICE)
-            self.transfers.begin(link)
+            begun_s = self.transfers.begin(link)
             rows = slot.view(self._host[unit]).index_select(0, ids.cpu()).to(self._device)
-            self.transfers.end(link, rows.nbytes)
+            self.transfers.end(link, rows.nbytes, begun_s, unit)
             return rows
         assert self._rows is not None, "the weights are not loaded"
         link = Link("rows", Tier.NVME, Tier.DEVICE)
         num_bytes = 0
-        self.transfers.begin(link)
+        begun_s = self.transfers.begin(link)
         try:
             rows, num_bytes = self._rows.read(unit, slot, ids)
         finally:
-            self.transfers.end(link, num_bytes)
+            self.transfers.end(link, num_bytes, begun_s, unit)
         return rows.to(self._device)
 
     def stats(self) -> dict[str, Any]:
@@ -453,7 +456,7 @@ class WeightManager:
         assert self._store is not None
         target = (flight.buffer if flight.staging is None else flight.staging)[: flight.num_bytes]
         link = self._read_link(flight)
-        self.transfers.begin(link)
+        flight.begun_s = self.transfers.begin(link)
         future = self._store.submit_part(name, 0, target)
         future.add_done_callback(lambda done: self._read_done(flight, target, done))
 
@@ -463,7 +466,8 @@ class WeightManager:
     def _read_done(self, flight: _Flight, target: torch.Tensor, done: Future[None]) -> None:
         assert self._store is not None
         error = done.exception()
-        self.transfers.end(self._read_link(flight), 0 if error else flight.num_bytes)
+        num_bytes = 0 if error else flight.num_bytes
+        self.transfers.end(self._read_link(flight), num_bytes, flight.begun_s, flight.layout.name)
         if error is None:
             try:
                 if flight.missing:
@@ -482,7 +486,7 @@ class WeightManager:
         a CPU copies with the cores that compute, which a thread beside them would only delay."""
         error: BaseException | None = None
         part = slice(0, flight.num_bytes)
-        self.transfers.begin(_FROM_HOST)
+        begun_s = self.transfers.begin(_FROM_HOST)
         try:
             if self._copy_stream is None:
                 flight.buffer[part].copy_(source[part])
@@ -494,7 +498,8 @@ class WeightManager:
                 self._copy_stream.synchronize()
         except Exception as failure:  # surfaces in acquire
             error = failure
-        self.transfers.end(_FROM_HOST, 0 if error else flight.num_bytes)
+        num_bytes = 0 if error else flight.num_bytes
+        self.transfers.end(_FROM_HOST, num_bytes, begun_s, flight.layout.name)
         self._settle(flight, error)
 
     def _settle(self, flight: _Flight, error: BaseException | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,10 +22,14 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write what moved and what computed when, for ui.perfetto.dev."),
+    ] = None,
     stats: Annotated[bool, typer.Option(help="Print the engine's statistics, too.")] = False,
 ) -> None:
     """Complete prompts offline and print the texts."""
-    options = parse_options(engine, ENGINE_OPTIONS)
+    options = parse_options({**engine, "trace": trace}, ENGINE_OPTIONS)
 
     from giantserve import LLM, SamplingParams
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import secrets
@@ -23,6 +24,7 @@ from giantserve.executor.messages import (
     Ready,
     Rendezvous,
     Setup,
+    Spans,
     Stats,
     StatsRequest,
     Stop,
@@ -45,6 +47,9 @@ class Executor(ABC):
     def __init__(self, specs: list[ShardSpec], host: str, on_progress: ProgressCallback) -> None:
         self._connections: dict[int, Connection[Any, Any]] = {}
         self._stats: dict[int, dict[str, Any]] = {}
+        self._traces = specs[0].trace
+        self.spans: dict[int, list[dict[str, Any]]] = {}
+        """By rank what it did when, once the workers have ended."""
         self._confirms = specs[0].plan.num_rotating_nvme_blocks > 0
         self._done: dict[int, list[PassDone]] = defaultdict(list)
         self._arrived: list[StepResult] = []
@@ -196,6 +201,14 @@ class Executor(ABC):
         """The counters by rank, once all shards have answered."""
         return self._stats if len(self._stats) == len(self._connections) else None
 
+    def _collect_spans(self) -> None:
+        """What the workers send before they go; nothing of one that is gone."""
+        for rank, connection in self._connections.items():
+            with contextlib.suppress(EOFError, OSError):
+                while not isinstance(message := connection.recv(), Spans):
+                    continue
+                self.spans[rank] = message.spans
+
     def close(self) -> None:
         """Stop the workers and release everything. Idempotent."""
         with self._closing:
@@ -207,6 +220,8 @@ class Executor(ABC):
                 connection.send(Stop())
             except OSError:
                 continue  # it is gone already
+        if self._traces and not self._broken:
+            self._collect_spans()
         self._end_workers()
         for connection in self._connections.values():
             connection.close()

@@ -73,7 +73,14 @@ class Stats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Close the shard and exit."""
+    """Close the shard and exit; one that keeps a trace sends its `Spans` first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spans:
+    """What a worker did when, as plain data."""
+
+    spans: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,7 @@ def shard_specs(config: EngineConfig, plan: PartitionPlan) -> list[ShardSpec]:
             device=f"cuda:{rank}" if on_cuda else "cpu",
             num_threads=config.threads_per_shard or max(1, cores // count),
             trust_remote_code=config.trust_remote_code,
+            trace=config.trace is not None,
         )
         for rank in range(count)
     ]

@@ -23,6 +23,7 @@ from giantserve.executor.messages import (
     Ready,
     Rendezvous,
     Setup,
+    Spans,
     Stats,
     StatsRequest,
     Stop,
@@ -151,6 +152,8 @@ def _serve(shard: Shard, connection: Connection[Any, Any], rank: int) -> None:
         elif isinstance(message, StatsRequest):
             connection.send(Stats(rank=rank, values=shard.stats()))
         elif isinstance(message, Stop):
+            if shard.keeps_trace:
+                connection.send(Spans(spans=shard.spans()))
             return
         else:
             raise AssertionError(f"unexpected message {message!r}")

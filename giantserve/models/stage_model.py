@@ -8,6 +8,7 @@ hands out.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from giantserve.models.tensor_parallel import parallelise
 from kvcache.arena import Arena
 from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore
+from kvcache.trace import Trace
 from partition.meta_model import ATTENTION_NAME, bind_attention, build_meta_model, find_layers
 from partition.profile import AttentionKind, ModelProfile, Unit, UnitKind
 
@@ -88,6 +90,8 @@ class StageModel:
         self._kv: KVStore | None = None
         self._rotation: KVRotation | None = None
         self._weights: Weights | None = None
+        self._trace: Trace | None = None
+        self._entered_s = 0.0
 
     # Preparing
 
@@ -117,11 +121,12 @@ class StageModel:
         resident: set[str],
         device_arena: Arena,
         rotation: KVRotation | None = None,
+        trace: Trace | None = None,
     ) -> None:
         """Connect the stage to its bytes. ``resident`` units stay on the device: they are bound
         once, and packed for the CPU where it has a layout of its own. ``rotation`` holds the blocks
         beyond those of ``kv``."""
-        self._weights, self._kv, self._rotation = weights, kv, rotation
+        self._weights, self._kv, self._rotation, self._trace = weights, kv, rotation, trace
         self._attention = PagedAttention()
         bind_attention(self.model, self._attention)
         for unit in self.units:
@@ -193,12 +198,14 @@ class StageModel:
         assert self._weights is not None
         self._leave()
         self._bind(unit, self._weights.acquire(unit))
-        self._current = unit
+        self._current, self._entered_s = unit, time.perf_counter()
 
     def _leave(self) -> None:
         if self._current is not None:
             assert self._weights is not None
             self._weights.release(self._current)
+            if self._trace is not None:
+                self._trace.add("computes with", self._current, self._entered_s)
             self._current = None
 
     def _bind(self, unit: str, tensors: dict[str, torch.Tensor]) -> None:
