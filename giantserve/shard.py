@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from giantserve.checkpoint import Checkpoint, SourceMap
 from giantserve.errors import ConfigError
 from giantserve.models.batch import ChunkSpec
 from giantserve.models.collectives import StageLink, TensorParallel
@@ -18,19 +16,17 @@ from giantserve.models.stage_model import StageModel
 from giantserve.sampler import Sampler
 from giantserve.sampling_row import SamplingRow
 from giantserve.shard_spec import ShardSpec
+from giantserve.shard_weights import ShardWeights, plan_profile
 from giantserve.step import NewSequence, SampledToken, SequenceChunk, StepPlan, StepResult
 from kvcache.arena import Arena
 from kvcache.block_pool import CachedBlock
 from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore
-from kvcache.shard_store import ShardStore
 from kvcache.tier import Tier
 from kvcache.trace import Trace
 from kvcache.transfer_stats import Link, LinkTotals
-from kvcache.weights import UnitLayout, WeightManager
-from partition.meta_model import ATTENTION_NAME, build_meta_model
-from partition.profile import AttentionKind, ModelProfile, Unit, UnitKind
-from partition.profiling import load_config
+from kvcache.weights import WeightManager
+from partition.profile import ModelProfile, UnitKind
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done and bytes in all."""
@@ -62,12 +58,7 @@ class Shard:
         self._device = torch.device(spec.device)
         self._link = link
         self._trace = Trace() if spec.trace else None
-        config = load_config(plan.model, plan.dtype, spec.trust_remote_code)
-        profile = ModelProfile.from_config(config)
-        if plan.expert_parallel:
-            if refusal := profile.why_not_expert_parallel(plan.tensor_parallel):
-                raise ConfigError(f"the plan is expert parallel, but {refusal}; plan again")
-            profile = profile.expert_parallel_variant
+        config, profile = plan_profile(plan, spec.trust_remote_code)
         self._dtype = getattr(torch, plan.dtype)
         self._hidden_size = profile.hidden_size
         layers = (self._stage.first_layer, self._stage.end_layer)
@@ -122,52 +113,7 @@ class Shard:
         group: TensorParallel,
         progress: Progress,
     ) -> WeightManager:
-        checkpoint = Checkpoint(Path(spec.plan.model))
-        generic = profile.attention is AttentionKind.GENERIC
-        meta = build_meta_model(config, "eager" if generic else ATTENTION_NAME)
-        source = SourceMap(meta, checkpoint)
-        tensors = {**dict(meta.named_parameters()), **dict(meta.named_buffers())}
-        by_name = {p.name: p for unit in self._model.units for p in unit.parameters}
-
-        def layout(unit: Unit) -> UnitLayout:
-            return UnitLayout.pack(
-                unit.name,
-                [
-                    (
-                        p.name,
-                        p.local_shape(profile.heads, group.rank, group.world),
-                        tensors[p.name].dtype,
-                    )
-                    for p in unit.parameters
-                ],
-                by_expert={p.name for p in unit.parameters if profile.is_routed(p)},
-            )
-
-        def fill(unit: UnitLayout, buffer: torch.Tensor) -> None:
-            for slot in unit.tensors:
-                out = slot.view(buffer)
-                rule = by_name[slot.name].rule
-                if rule is None or group.world == 1:
-                    source.fill(slot.name, None, (), out)
-                else:
-                    ranges = by_name[slot.name].ranges(profile.heads, group.rank, group.world)
-                    source.fill(slot.name, rule.dim, ranges, out)
-
-        layouts = [layout(unit) for unit in self._model.units]
-        placements = {p.unit: p.tier for p in self._shard.placements}
-        store = None
-        if Tier.NVME in placements.values():
-            if spec.nvme_dir is None:
-                raise ConfigError("the plan keeps weights on NVMe, but no nvme_dir was given")
-            key = "-".join(
-                (
-                    checkpoint.fingerprint[:16],
-                    spec.plan.dtype,
-                    f"{'ep' if spec.plan.expert_parallel else 'tp'}{group.rank}of{group.world}",
-                    f"layers{self._stage.first_layer}to{self._stage.end_layer}",
-                )
-            )
-            store = ShardStore(spec.nvme_dir / "weights", key)
+        source = ShardWeights(spec.plan, spec.rank, config, profile, group.world, spec.nvme_dir)
         total = sum(p.num_bytes for p in self._shard.placements)
         done = 0
 
@@ -177,17 +123,17 @@ class Shard:
             progress("loading weights", done, total)
 
         weights = WeightManager(
-            units=layouts,
-            placements=placements,
+            units=source.layouts,
+            placements=source.placements,
             rows_only={u.name for u in self._model.units if u.kind is UnitKind.EMBEDDING},
             device=self._device,
             device_arena=self.device_arena,
             host_arena=self.host_arena,
             ring_bytes=self._shard.ring_bytes,
-            store=store,
+            store=source.open_store(),
             trace=self._trace,
         )
-        weights.load(fill, advance)
+        weights.load(source.fill, advance)
         return weights
 
     @torch.no_grad()

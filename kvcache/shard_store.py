@@ -23,6 +23,7 @@ from kvcache.arena import ALIGNMENT
 from kvcache.errors import CorruptUnitError, StoreError
 from kvcache.private_folder import make_private
 from kvcache.storage import BACKENDS, DirectFile, StorageBackend, reserve
+from kvcache.unit_layout import UnitLayout
 
 STORE_VERSION = 1
 
@@ -80,6 +81,24 @@ class ShardStore:
         self._file: DirectFile | None = None
         self.backend: StorageBackend = BACKENDS[backend]()
         self._lock = os.open(folder / f"{stem}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def open_units(
+        self,
+        units: Sequence[UnitLayout],
+        fill: Callable[[UnitLayout, torch.Tensor], None],
+        staging: Callable[[int], torch.Tensor],
+        progress: Callable[[int], None] | None = None,
+    ) -> bool:
+        """`open_or_pack` of units as they lie in memory. ``staging`` is given the bytes of the
+        largest."""
+        by_name = {unit.name: unit for unit in units}
+        return self.open_or_pack(
+            [(unit.name, unit.num_bytes) for unit in units],
+            lambda name, buffer: fill(by_name[name], buffer),
+            lambda: staging(max(unit.num_bytes for unit in units)),
+            progress,
+            {unit.name: unit.sections() for unit in units if unit.num_experts},
+        )
 
     def open_or_pack(
         self,

@@ -335,17 +335,11 @@ class WeightManager:
             return
         scratch: list[torch.Tensor] = []
 
-        def staging() -> torch.Tensor:
-            scratch.append(self._scratch(max(unit.num_bytes for unit in units)))
+        def staging(num_bytes: int) -> torch.Tensor:
+            scratch.append(self._scratch(num_bytes))
             return scratch[0]
 
-        self._store.open_or_pack(
-            [(unit.name, unit.num_bytes) for unit in units],
-            lambda name, buffer: fill(self._units[name], buffer),
-            staging,
-            progress,
-            {unit.name: unit.sections() for unit in units if unit.num_experts},
-        )
+        self._store.open_units(units, fill, staging, progress)
         for buffer in scratch:
             self._free(buffer)
         slots = [slot for unit in units for slot in unit.tensors if slot.shape]

@@ -11,6 +11,7 @@ from giantserve.cli.chat import chat
 from giantserve.cli.demo import demo
 from giantserve.cli.doctor import doctor
 from giantserve.cli.generate import generate
+from giantserve.cli.pack import pack
 from giantserve.cli.plan import plan
 from giantserve.cli.serve import serve
 from giantserve.errors import GiantserveError
@@ -39,6 +40,7 @@ for command, epilog in (
     (generate, 'Example: giantserve generate ./my-model --prompt "Once upon a time"'),
     (chat, 'Example: giantserve chat --url http://127.0.0.1:8000 --message "Hello"'),
     (plan, "Example: giantserve plan ./my-model --device-memory 2GiB --json"),
+    (pack, "Example: giantserve pack ./my-model --device-memory 2GiB --nvme-dir /nvme"),
     (demo, "Example: giantserve demo"),
     (doctor, "Example: giantserve doctor --nvme-dir /nvme"),
 ):

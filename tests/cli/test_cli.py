@@ -16,7 +16,7 @@ from giantserve.cli.doctor import conclusions
 from giantserve.cli.main import app
 from partition.machine import Gpu, Machine
 
-COMMANDS = ("serve", "generate", "chat", "plan", "demo", "doctor")
+COMMANDS = ("serve", "generate", "chat", "plan", "pack", "demo", "doctor")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
