@@ -19,9 +19,12 @@ _HUGE_PAGE = 2 << 20
 
 @dataclass(slots=True)
 class _Block:
+    """``offset`` is where its bytes begin in its mapping."""
+
     num_bytes: int
     memory: mmap.mmap | None
     pinned: bool
+    offset: int = 0
 
 
 class Arena:
@@ -111,7 +114,8 @@ class Arena:
                     end = (offset + view.nbytes) // ALIGNMENT * ALIGNMENT
                     start = -(-offset // ALIGNMENT) * ALIGNMENT
                     if end > start:
-                        block.memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+                        begin = block.offset + start
+                        block.memory.madvise(mmap.MADV_DONTNEED, begin, end - start)
                     return
 
     def close(self) -> None:
@@ -132,16 +136,21 @@ class Arena:
         if self.device.type != "cpu":
             tensor = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
             return tensor, _Block(num_bytes, None, False)
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if num_bytes >= _HUGE_PAGE:
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        # a disk reads slower into small pages, so a large block begins with a huge one
+        huge = num_bytes // _HUGE_PAGE * _HUGE_PAGE
+        spare = _HUGE_PAGE if huge else 0
+        memory = mmap.mmap(-1, num_bytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        offset = -tensor.data_ptr() % _HUGE_PAGE if huge else 0
+        if huge:
+            memory.madvise(mmap.MADV_HUGEPAGE, offset, huge)
+        tensor = tensor[offset : offset + num_bytes]
         pinned = self.tier is Tier.HOST and torch.cuda.is_available()
         if pinned:
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             error = runtime.cudaHostRegister(tensor.data_ptr(), num_bytes, 0)
             torch.cuda.check_error(int(error))
-        return tensor, _Block(num_bytes, memory, pinned)
+        return tensor, _Block(num_bytes, memory, pinned, offset)
 
     def _free(self, address: int, block: _Block) -> None:
         if block.pinned:
