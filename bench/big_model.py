@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,11 +33,11 @@ SHAPE = "llama-14.5gb"
 LIMIT_BYTES = 6 << 30
 REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 256, 64, 32
 LATENCY_PROMPT, LATENCY_TOKENS = 16, 5
-ACCELERATE_MEMORY = "3.5GiB"
-"""Of weights that stay; what is left of the 6 GiB is for its runtime and one layer on its way. With
-4.5 GiB it is killed."""
+ACCELERATE_MEMORY = {1: "3.5GiB", 16: "3.5GiB", 32: "3GiB", 64: "2.5GiB", 128: "1.5GiB"}
+"""Of weights that stay, by batch; the rest of the 6 GiB is for its runtime, one layer on its way,
+activations and KV. With 4.5 GiB it is killed at batch 1; with 3.5 GiB it thrashes at batch 64."""
 
-ACCELERATE_BATCHES = (16, 64, 256)
+TIME_LIMIT_S = 600.0
 DECODE_PASSES = 4
 
 
@@ -80,7 +81,7 @@ def accelerate(folder: Path, batch: int) -> dict[str, Any]:
         folder / SHAPE,
         dtype=torch.bfloat16,
         device_map="auto",
-        max_memory={"cpu": ACCELERATE_MEMORY},
+        max_memory={"cpu": ACCELERATE_MEMORY[batch]},
         offload_folder=folder / "offload",
     ).eval()
     ids = torch.tensor(fixed_prompts(batch, prompt))
@@ -115,7 +116,11 @@ CHILDREN = {"ours": ours, "accelerate": accelerate}
 def child(box: MemoryBox, folder: Path, name: str, batch: int) -> dict[str, Any]:
     """Run one system in the box; {"error": ...} where it ends badly."""
     command = [sys.executable, __file__, "child", f"--folder={folder}"]
-    done = box.run([*command, f"--system={name}", f"--batch={batch}"])
+    command += [f"--system={name}", f"--batch={batch}"]
+    try:
+        done = box.run(command, timeout=TIME_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done within {TIME_LIMIT_S:.0f} s"}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [""])[-1]
         return {"error": f"status {done.returncode}: {last[:200]}"}
@@ -213,7 +218,7 @@ def throughput(box: MemoryBox, folder: Path, rounds: int, program: Path | None) 
     print("|---|---|---|---|---|")
     best, mine = 0.0, []
     theirs: dict[int, list[list[int]]] = {}
-    for batch in ACCELERATE_BATCHES:
+    for batch in list(ACCELERATE_MEMORY)[1:]:
         found = child(box, folder, "accelerate", batch)
         if "error" in found:
             print(f"| accelerate | {batch} | {found['error']} | | |", flush=True)
