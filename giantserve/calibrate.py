@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
+from kvcache.errors import StorageError
 from partition.bandwidths import Bandwidths
 from partition.calibration import Calibration, cache_path, load, machine_name, store
 from partition.disk_probe import probe_disk
@@ -38,10 +39,12 @@ def _measure(folder: Path, device: str, dtype: str) -> Calibration:
     from giantserve.probes.link import probe_link
     from giantserve.probes.memory import probe_memory
     from giantserve.probes.runtime import probe_runtime
+    from giantserve.probes.storage import probe_backends
 
     try:
         disk = probe_disk(folder)
-    except OSError as error:
+        storage = probe_backends(folder)
+    except (OSError, StorageError) as error:
         raise PlanError(
             f"cannot measure the disk of {folder}: {error}; name a folder that can be written"
         ) from None
@@ -54,6 +57,7 @@ def _measure(folder: Path, device: str, dtype: str) -> Calibration:
         dtype=dtype,
         measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         direct_io=disk.direct,
+        storage=storage,
         bandwidths=Bandwidths(
             device_memory=memory.read,
             host_to_device=memory.to_device,

@@ -13,6 +13,7 @@ class EngineConfig:
     ``layer_split`` is the number of layers of each pipeline stage.
     ``prompt_tokens`` to ``tpot_limit_s`` are what the planner is to expect, a `partition.Workload`;
     ``objective`` is the name of a `partition.Objective`: what its plan is to be best at.
+    ``storage_backend`` is "posix", "deepnvme" or the faster ("auto").
     ``trace`` is a file that the engine's end writes: what moved and what computed when.
     """
 
@@ -45,3 +46,4 @@ class EngineConfig:
     seed: int = 0
     threads_per_shard: int | None = None
     trace: Path | None = None
+    storage_backend: str = "auto"

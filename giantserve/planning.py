@@ -112,8 +112,10 @@ def _here(config: EngineConfig) -> tuple[EngineConfig, PlanningProblem]:
     calibration = calibrate(folder, device, profile.dtype)
     budget = _budget(config, machine, device, num_devices)
     cluster = cluster_of(calibration, num_devices, budget)
+    backend = config.storage_backend
     config = replace(
         config,
+        storage_backend=calibration.storage_backend if backend == "auto" else backend,
         device=device,
         nvme_dir=folder,
         device_memory=budget.device_bytes,
@@ -173,6 +175,11 @@ def _check(config: EngineConfig) -> None:
         raise ConfigError(f'executor "{config.executor}" is unknown; use "local" or "ray"')
     if config.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f'device "{config.device}" is unknown; use "auto", "cpu" or "cuda"')
+    if config.storage_backend not in ("auto", "posix", "deepnvme"):
+        raise ConfigError(
+            f'storage_backend "{config.storage_backend}" is unknown; use "auto", "posix" or '
+            '"deepnvme"'
+        )
     for name in ("max_queued_requests", "block_size", "threads_per_shard"):
         value = getattr(config, name)
         if value is not None and value < 1:

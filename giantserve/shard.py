@@ -113,7 +113,15 @@ class Shard:
         group: TensorParallel,
         progress: Progress,
     ) -> WeightManager:
-        source = ShardWeights(spec.plan, spec.rank, config, profile, group.world, spec.nvme_dir)
+        source = ShardWeights(
+            spec.plan,
+            spec.rank,
+            config,
+            profile,
+            group.world,
+            spec.nvme_dir,
+            spec.storage_backend,
+        )
         total = sum(p.num_bytes for p in self._shard.placements)
         done = 0
 

@@ -20,3 +20,4 @@ class ShardSpec:
     num_threads: int
     trust_remote_code: bool = False
     trace: bool = False
+    storage_backend: str = "posix"

@@ -32,6 +32,7 @@ class ShardWeights:
         profile: ModelProfile,
         world: int,
         nvme_dir: Path | None,
+        storage_backend: str = "posix",
     ) -> None:
         self._plan = plan
         self._shard = plan.shards[rank]
@@ -39,6 +40,7 @@ class ShardWeights:
         self._profile = profile
         self._world = world
         self._nvme_dir = nvme_dir
+        self._storage_backend = storage_backend
         self._checkpoint = Checkpoint(Path(plan.model))
         generic = profile.attention is AttentionKind.GENERIC
         meta = build_meta_model(config, "eager" if generic else ATTENTION_NAME)
@@ -79,7 +81,7 @@ class ShardWeights:
                 f"layers{self._stage.first_layer}to{self._stage.end_layer}",
             )
         )
-        return ShardStore(self._nvme_dir / "weights", key)
+        return ShardStore(self._nvme_dir / "weights", key, backend=self._storage_backend)
 
     def pack(self, progress: Callable[[int], None]) -> Path | None:
         """Write the store, unless it is there, and return its file (None: the plan keeps nothing

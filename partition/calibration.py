@@ -15,13 +15,16 @@ from partition.codec import decode, encode
 from partition.errors import PlanError
 from partition.links import Link
 
-CALIBRATION_VERSION = 5
+CALIBRATION_VERSION = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """Where and when (ISO 8601) it was measured, and the rates. ``direct_io``: the disk was read
-    past the page cache. ``link`` joins two shards of the machine."""
+    """Where and when (ISO 8601) it was measured, and the rates.
+
+    ``direct_io``: the disk was read past the page cache. ``storage``: bytes/s of the storage
+    backends that run here. ``link`` joins two shards of the machine.
+    """
 
     machine: str
     folder: str
@@ -29,9 +32,15 @@ class Calibration:
     dtype: str
     measured_at: str
     direct_io: bool
+    storage: dict[str, float]
     bandwidths: Bandwidths
     link: Link
     version: int = CALIBRATION_VERSION
+
+    @property
+    def storage_backend(self) -> str:
+        """The backend that reads fastest."""
+        return max(self.storage, key=lambda name: self.storage[name])
 
 
 def default_cache_folder() -> Path:

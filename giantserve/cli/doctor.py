@@ -99,6 +99,11 @@ def _rates(found: Calibration) -> Table:
     direct = "O_DIRECT" if found.direct_io else "through the page cache"
     table.add_row(f"disk read, {direct}", _per_second(rates.disk_read))
     table.add_row("disk write", _per_second(rates.disk_write))
+    for name in ("posix", "deepnvme"):
+        rate = found.storage.get(name)
+        told = "not built here" if rate is None else _per_second(rate)
+        used = ", used" if name == found.storage_backend else ""
+        table.add_row(f"weights read by the {name} backend", told + used)
     table.add_row("device memory", _per_second(rates.device_memory))
     table.add_row("host to device", _per_second(rates.host_to_device))
     for gemm in rates.gemm:

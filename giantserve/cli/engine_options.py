@@ -101,6 +101,9 @@ class EngineOptions:
         int | None, typer.Option(min=1, help="Tokens in a pass.", rich_help_panel=LIMITS)
     ] = None
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens in a block of KV.")] = None
+    storage_backend: Annotated[
+        str, typer.Option(help="Reads weights from disk: posix, deepnvme, or auto, the faster.")
+    ] = "auto"
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run Python code found in the checkpoint.")
     ] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from kvcache.storage import DirectFile, StorageBackend, check_aligned
 BLOCK_BYTES = 1 << 20
 QUEUE_DEPTH = 32
 NUM_THREADS = 4
+NAME = "async_io"
+HOW_TO_BUILD = (
+    "deepnvme needs DeepSpeed's async_io op, which is not built here; install libaio's headers and "
+    "run DS_BUILD_AIO=1 pip install --force-reinstall deepspeed, or use the posix backend"
+)
 
 
 class DeepNVMeBackend(StorageBackend):
@@ -51,9 +57,21 @@ class DeepNVMeBackend(StorageBackend):
             raise StorageError(str(file.path), offset, f"aio_handle returned {completed}")
 
 
+def _is_built() -> bool:
+    """Whether there is an async_io extension to load, told without importing DeepSpeed."""
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        return False
+    compiled = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
+    places = (Path(spec.origin).parent, Path(compiled))
+    return any(next(place.rglob(f"{NAME}*.so"), None) is not None for place in places)
+
+
 def _load_operator() -> Any:
     """The built async_io extension: installed with DeepSpeed, or compiled by an earlier
     ``load()``."""
+    if not _is_built():
+        raise BackendUnavailableError(HOW_TO_BUILD)
     try:
         from deepspeed.git_version_info import installed_ops
         from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -66,11 +84,7 @@ def _load_operator() -> Any:
     library = Path(_get_build_directory(builder.name, verbose=False)) / f"{builder.name}.so"
     spec = importlib.util.spec_from_file_location(builder.name, library)
     if not library.is_file() or spec is None or spec.loader is None:
-        raise BackendUnavailableError(
-            "deepnvme needs DeepSpeed's async_io op, which is not built here; install libaio's "
-            "headers and run DS_BUILD_AIO=1 pip install --force-reinstall deepspeed, "
-            "or use the posix backend"
-        )
+        raise BackendUnavailableError(HOW_TO_BUILD)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -57,6 +57,8 @@ def test_calibration_is_measured_cached_and_leaves_nothing(tmp_path: Path) -> No
     (disk / "below").mkdir()
     first = calibrate(disk, dtype="float32", cache_folder=cache)
     assert [rate.rows for rate in first.bandwidths.gemm] == list(ROWS)
+    assert first.storage_backend in first.storage and "posix" in first.storage
+    assert all(1e6 < rate < 1e12 for rate in first.storage.values())
     assert first.bandwidths.streamed_gemm == ()  # only bf16 has a layout of its own
     assert list(disk.iterdir()) == [disk / "below"]
     (file,) = cache.iterdir()
