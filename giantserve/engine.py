@@ -35,6 +35,7 @@ from giantserve.step import StepResult
 from giantserve.tokenizer import load_tokenizer
 from giantserve.trace_file import write_trace
 from kvcache.block_pool import BlockPool
+from kvcache.tier import Tier
 from partition.plan import PartitionPlan
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,20 @@ class _Ticket:
     completion_tokens: int = 0
 
 
+def unused_tiers(config: EngineConfig, plan: PartitionPlan) -> list[str]:
+    """A line for each tier that was asked for and holds nothing: an offload that silently does
+    nothing is worse than none."""
+    asked = {
+        Tier.HOST: ("host_memory", config.host_memory),
+        Tier.NVME: ("nvme_dir", config.nvme_dir),
+    }
+    return [
+        f"{option} is {value}, but nothing lies on the {tier.value} tier: the plan does without it"
+        for tier, (option, value) in asked.items()
+        if value and not sum(shard.used_bytes(tier) for shard in plan.shards)
+    ]
+
+
 class Engine:
     """Runs one replica. Construction blocks until the model is loaded; `close` ends it.
 
@@ -87,6 +102,8 @@ class Engine:
         self.config, self.profile = resolution.config, resolution.profile
         self.plan = plan or resolution.plan
         logger.info("plan: %s", self.plan.reason)
+        for line in unused_tiers(config, self.plan):
+            logger.info("%s", line)
         self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.end_token_ids = tuple(sorted(read_end_token_ids(config.model)))
         self._pool = BlockPool(

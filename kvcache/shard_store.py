@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import threading
@@ -26,6 +27,8 @@ from kvcache.storage import BACKENDS, DirectFile, StorageBackend, reserve
 from kvcache.unit_layout import UnitLayout
 
 STORE_VERSION = 1
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,8 @@ class ShardStore:
             for _, num_bytes in units:
                 progress(num_bytes)
         self._file = self.backend.open(self.path)
+        if not self._file.direct:
+            logger.warning("%s is read through the page cache: no O_DIRECT there", self.path)
         return packed
 
     def submit(self, unit: str, buffer: torch.Tensor) -> Future[None]:
