@@ -6,6 +6,8 @@ python bench/memory.py rotation  128 running sequences with device blocks for 8,
                                  the host or on NVMe, against all on the device and the roofline
 python bench/memory.py prefix    the first token after a cached prefix of 2,000 tokens whose KV lies
                                  on NVMe, against computing the prefix
+python bench/memory.py experts   a mixture of 64 experts a layer, 4 for a token, mostly on NVMe: bytes
+                                 and time of a decode pass against the planner's forecast
 python bench/memory.py long      2,000 mixed requests, many given up, through tiny tiers: every
                                  answer against transformers.generate, and what is left behind
 """
@@ -36,7 +38,7 @@ from giantserve.calibrate import calibrate
 from giantserve.config import EngineConfig
 from giantserve.planning import resolve
 from kvcache.tier import Tier
-from partition import Bandwidths, PartitionPlan
+from partition import Bandwidths, ModelProfile, PartitionPlan
 from partition.cost import page_rounded
 
 SHAPE = "llama-2.2gb"
@@ -44,6 +46,21 @@ SEQUENCES, ON_DEVICE = 128, 8
 PROMPT_TOKENS, OUTPUT_TOKENS = 96, 32
 BUDGET = 8 << 30
 PREFIX_TOKENS, FEW_BLOCKS = 2000, 4
+MIXTURE_DEVICE = 512 << 20
+MIXTURE = {
+    "vocab_size": 16000,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": 64,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
 LONG_REQUESTS, LONG_TOKENS, LONG_SPREAD_S = 2000, 24, 5.0
 
 
@@ -238,6 +255,61 @@ def prefix(folder: Path, rounds: int) -> None:
     print(f"\n{FEW_BLOCKS} of {blocks} blocks of the prefix fit the device (target: at least 5)")
 
 
+def write_mixture(folder: Path) -> Path:
+    """A bf16 Qwen3-MoE shape of 1.7 GB, nearly all of it experts; written once."""
+    path = folder / "qwen3-moe-1.7gb"
+    if not (path / "config.json").exists():
+        config = transformers.Qwen3MoeConfig(**MIXTURE, dtype="bfloat16")
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(path)
+    return path
+
+
+def experts(folder: Path, rounds: int) -> None:
+    """Decode passes of a mixture whose experts lie on NVMe."""
+    path = write_mixture(folder)
+    profile = ModelProfile.from_pretrained(path)
+    routed = sum(
+        spec.num_elements * spec.dtype_bytes
+        for unit in profile.units
+        for spec in unit.parameters
+        if profile.is_routed(spec)
+    )
+    print(header("Experts on NVMe"))
+    print(
+        f"{profile.num_bytes / 1e9:.2f} GB of weights, {routed / 1e9:.2f} GB of them experts; ",
+        end="",
+    )
+    print(f"{MIXTURE['num_experts_per_tok']} of {MIXTURE['num_experts']} for a token\n")
+    print("| batch | read a pass, of all experts | expected | decode pass s | forecast s |")
+    print("|---|---|---|---|---|")
+    for batch in (1, 4, 16, 64):
+        options = {
+            "device_memory": MIXTURE_DEVICE,
+            "host_memory": 0,
+            "max_model_len": 64,
+            "max_num_seqs": batch,
+            "prompt_tokens": 16,
+            "output_tokens": 16,
+            "concurrency": batch,
+        }
+        with LLM(path, nvme_dir=folder / "nvme-experts", **options) as llm:
+            decode_rate(llm, batch, 4, prompt_tokens=16)
+            passes, read = [], []
+            for _ in range(rounds):
+                before = _read(llm)
+                rate, _ = decode_rate(llm, batch, 16, prompt_tokens=16)
+                after = _read(llm)
+                passes.append(batch / rate)
+                read.append((after[1] - before[1]) / (after[0] - before[0]) / routed)
+            forecast = llm.plan.forecast.decode_pass_s
+        share = profile.streamed_expert_share(batch)
+        print(
+            f"| {batch} | {spread(read, 2)} | {share:.2f} | {spread(passes)} | {forecast:.3f} |",
+            flush=True,
+        )
+
+
 def long_plan(path: Path, nvme_dir: Path) -> PartitionPlan:
     """Two stages, every other unit on NVMe, KV for a few sequences on the device, few demoted
     blocks, and rotating blocks on host and NVMe."""
@@ -383,7 +455,13 @@ def reference_tokens(path: Path, known: list[list[int]], count: int) -> list[lis
     ]
 
 
-MODES = {"long": long, "bytes": moved_bytes, "rotation": rotation, "prefix": prefix}
+MODES = {
+    "experts": experts,
+    "long": long,
+    "bytes": moved_bytes,
+    "rotation": rotation,
+    "prefix": prefix,
+}
 
 
 def main() -> None:

@@ -181,7 +181,7 @@ class StageModel:
     def _routed(self, unit: str, first: int, stop: int) -> Callable[..., None]:
         def fetch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert self._weights is not None
-            given = (*args, *kwargs.values())
+            given = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
             routes = next((t for t in given if not t.is_floating_point()), None)
             if routes is None:  # it runs every token through every expert
                 experts = list(range(stop - first))
