@@ -6,7 +6,7 @@ python bench/memory.py rotation  128 running sequences with device blocks for 8,
                                  the host or on NVMe, against all on the device and the roofline
 python bench/memory.py prefix    the first token after a cached prefix of 2,000 tokens whose KV lies
                                  on NVMe, against computing the prefix
-python bench/memory.py experts   a mixture of 64 experts a layer, 4 for a token, mostly on NVMe: bytes
+python bench/memory.py experts   a mixture of 64 experts a layer, 4 for a token, most on NVMe: bytes
                                  and time of a decode pass against the planner's forecast
 python bench/memory.py long      2,000 mixed requests, many given up, through tiny tiers: every
                                  answer against transformers.generate, and what is left behind
