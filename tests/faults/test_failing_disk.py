@@ -17,8 +17,10 @@ import psutil
 import pytest
 
 from giantserve import LLM
+from giantserve.calibrate import calibrate
 from giantserve.errors import EngineDeadError
 from giantserve.executor.launcher import Launcher
+from giantserve.probes.storage import probe_backends
 from tests.exactness.zoo import reference
 from tests.faults.test_lost_kv import GREEDY, NUM_TOKENS, PROMPTS, rotating_plan
 
@@ -54,7 +56,9 @@ def loop_disk(tmp_path: Path) -> Iterator[Disk]:
             pytest.skip(f"no file system can be made here: {error}")
         if done.returncode:
             pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    (disk.folder / "nvme").mkdir(mode=0o700)
+    nvme_dir = disk.folder / "nvme"
+    nvme_dir.mkdir(mode=0o700)
+    calibrate(nvme_dir, dtype="float32")  # before it fails, whichever test is first
     yield disk
     subprocess.run(["umount", str(disk.folder)], check=True)
 
@@ -88,6 +92,14 @@ def losses_and_answers(
             fault()
         answers += [output.token_ids for output in llm.generate(PROMPTS, GREEDY)]
         return llm.stats()["kv"]["losses"], answers
+
+
+def test_a_small_disk_is_measured_and_left_empty(loop_disk: Disk) -> None:
+    nvme_dir = loop_disk.folder / "nvme"
+    rates = probe_backends(nvme_dir)
+    assert all(rate > 0 for rate in rates.values())
+    assert "posix" in rates
+    assert list(nvme_dir.iterdir()) == []
 
 
 def test_reads_that_fail_lose_kv_and_no_token(
