@@ -145,6 +145,7 @@ def rotation_plans(path: Path, nvme_dir: Path) -> dict[str, PartitionPlan]:
         num_rotating_host_blocks=0,
         num_rotating_nvme_blocks=0,
         num_rotation_slots=0,
+        num_tail_blocks=0,
     )
     few = replace(
         base, num_device_blocks=ON_DEVICE * blocks, num_rotation_slots=SEQUENCES * blocks // 2
@@ -153,7 +154,7 @@ def rotation_plans(path: Path, nvme_dir: Path) -> dict[str, PartitionPlan]:
     return {
         "device": base,
         "host": replace(few, num_rotating_host_blocks=rest),
-        "NVMe": replace(few, num_rotating_nvme_blocks=rest),
+        "NVMe": replace(few, num_rotating_nvme_blocks=rest, num_tail_blocks=SEQUENCES),
     }
 
 
@@ -346,6 +347,7 @@ def long_plan(path: Path, nvme_dir: Path) -> PartitionPlan:
         num_rotating_host_blocks=30,
         num_rotating_nvme_blocks=40,
         num_rotation_slots=45,
+        num_tail_blocks=6,
     )
 
 

@@ -39,14 +39,16 @@ logger = logging.getLogger(__name__)
 class _Moves:
     """What a micro-batch moves at every layer alike. ``gathers`` are (source, slots, its rows) of
     what lies in memory, ``scatters`` (target, slots, its rows), where a source or target is DEVICE
-    or HOST; ``reads`` and ``writes`` runs of slots whose blocks are neighbours on NVMe."""
+    or HOST; ``reads`` and ``writes`` runs of slots whose blocks are neighbours on NVMe. ``filled``
+    blocks leave their tail rows with this pass."""
 
     micro_batch: MicroBatch
-    gathers: tuple[tuple[Tier, slice, torch.Tensor], ...]
+    gathers: tuple[tuple[Tier, slice | torch.Tensor, torch.Tensor], ...]
     reads: tuple[slice, ...]
     scatters: tuple[tuple[Tier, torch.Tensor, torch.Tensor], ...]
     writes: tuple[slice, ...]
     beyond: slice
+    filled: tuple[int, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +66,9 @@ class KVRotation:
     """Owns the blocks beyond the device's: first ``num_host_blocks`` on the host, then
     ``num_nvme_blocks`` on NVMe. A block's id counts on from the device's last.
 
+    A block of NVMe to which every pass adds a token would be read and written with each, a small
+    piece a layer. So until it is full it lies in a *tail* row on the host, where one is left.
+
     Used by the thread that computes: `begin`, then for every layer of the store's layout and every
     micro-batch in order `take` and `put_back`, then `end`.
     """
@@ -75,6 +80,7 @@ class KVRotation:
         num_host_blocks: int,
         num_nvme_blocks: int,
         num_slots: int,
+        num_tail_blocks: int = 0,
         device_arena: Arena,
         host_arena: Arena,
         folder: Path | None,
@@ -91,7 +97,9 @@ class KVRotation:
         self._first_nvme: int = self._first_host + num_host_blocks
         self.num_blocks = self._first_nvme + num_nvme_blocks
         self.num_slots = num_slots
-        self._host = store.allocate(host_arena, num_host_blocks)
+        self._host = store.allocate(host_arena, num_host_blocks + num_tail_blocks)
+        self._free_tails = list(range(num_host_blocks, num_host_blocks + num_tail_blocks))
+        self._tails: dict[int, int] = {}  # rows of the host by block, used last comes last
         size = num_slots * max(self._strides)
         self._buffers = [device_arena.allocate(size) for _ in range(NUM_BUFFERS)]
         self._homes = {Tier.DEVICE: store.device_rows, Tier.HOST: self._host}
@@ -114,6 +122,7 @@ class KVRotation:
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Start a pass: the first reads are on their way when this returns."""
         assert self._at == len(self._jobs), "the last pass has not ended"
+        self._make_room(micro_batches)
         order = product(range(len(self._strides)), [self._moves(each) for each in micro_batches])
         self._jobs = [
             _Job(layer, moves, index % NUM_BUFFERS) for index, (layer, moves) in enumerate(order)
@@ -155,6 +164,8 @@ class KVRotation:
             for _, future in job.reads:
                 future.exception()
             self._wait_for_writes(job)
+        for block in {block for job in self._jobs for block in job.moves.filled}:
+            self._drop_tail(block)
 
     def take_lost(self) -> tuple[CachedBlock, ...]:
         """The blocks whose content was lost since the last call: rotating ones, and host blocks
@@ -164,6 +175,9 @@ class KVRotation:
 
     def save(self, block: int, row: torch.Tensor, target: CachedBlock) -> None:
         """Copy a whole block to ``row`` [block_bytes] in memory, the content of ``target``."""
+        if (tail := self._tails.get(block)) is not None:
+            row.copy_(self._host[tail])
+            return
         before, self._lost = self._lost, set()
         self._move(block, row, write=False)
         if self._lost:
@@ -172,6 +186,7 @@ class KVRotation:
 
     def restore(self, row: torch.Tensor, block: int) -> None:
         """Copy ``row`` [block_bytes] in memory to a whole block."""
+        self._drop_tail(block)
         self._move(block, row, write=True)
 
     def close(self) -> None:
@@ -184,15 +199,48 @@ class KVRotation:
         stride = self._strides[job.layer]
         return buffers[job.buffer][: self.num_slots * stride].view(self.num_slots, stride)
 
+    def _make_room(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Free tail rows for the unfinished blocks of a pass, those used longest ago first."""
+        blocks = {block for each in micro_batches for block in each.blocks}
+        missing = sum(
+            each.blocks[slot] >= self._first_nvme and each.blocks[slot] not in self._tails
+            for each in micro_batches
+            for slot in each.unfinished
+        )
+        others = [block for block in self._tails if block not in blocks]
+        for block in others[: max(0, missing - len(self._free_tails))]:
+            row = self._host[self._tails[block]]
+            self._drop_tail(block)
+            self._move(block, row, write=True)
+
+    def _drop_tail(self, block: int) -> None:
+        row = self._tails.pop(block, None)
+        if row is not None:
+            self._free_tails.append(row)
+
+    def _keep_tails(self, micro_batch: MicroBatch) -> set[int]:
+        """The slots whose blocks lie in tail rows after the pass."""
+        kept = set()
+        for slot in micro_batch.unfinished:
+            block = micro_batch.blocks[slot]
+            if block >= self._first_nvme and (block in self._tails or self._free_tails):
+                row = self._tails.pop(block, None)
+                self._tails[block] = self._free_tails.pop() if row is None else row
+                kept.add(slot)
+        return kept
+
     def _moves(self, micro_batch: MicroBatch) -> _Moves:
         blocks, loaded = micro_batch.blocks, micro_batch.num_loaded
+        tails = {slot: self._tails[b] for slot, b in enumerate(blocks) if b in self._tails}
+        kept = self._keep_tails(micro_batch)
         regions = (
             (Tier.DEVICE, 0, self._first_host),
             (Tier.HOST, self._first_host, self._first_nvme),
             (Tier.NVME, self._first_nvme, self.num_blocks),
         )
         bounds = [0]
-        gathers, scatters = [], []
+        gathers: list[tuple[Tier, slice | torch.Tensor, torch.Tensor]] = []
+        scatters = []
         for tier, first, stop in regions:
             lower = bounds[-1]
             upper = bisect_left(blocks, stop, lower, loaded)
@@ -203,18 +251,27 @@ class KVRotation:
                 rows = torch.tensor(blocks[lower:upper]) - first
                 gathers.append((tier, slice(lower, upper), rows.to(self._device_of(tier))))
             slots = [slot for slot in micro_batch.written if first <= blocks[slot] < stop]
+            homes = [blocks[slot] - first for slot in slots]
+            if tier is Tier.HOST:
+                slots += kept
+                homes += [self._tails[blocks[slot]] for slot in kept]
             if slots:
-                rows = torch.tensor([blocks[slot] - first for slot in slots])
+                rows = torch.tensor(homes)
                 where = torch.tensor(slots, device=self._buffers[0].device)
                 scatters.append((tier, where, rows.to(self._device_of(tier))))
+        on_disk = range(bounds[2], bounds[3])
+        if near := [slot for slot in on_disk if slot in tails]:
+            rows = torch.tensor([tails[slot] for slot in near])
+            gathers.append((Tier.HOST, torch.tensor(near), rows))
         behind = [slot for slot in micro_batch.written if blocks[slot] >= self._first_nvme]
         return _Moves(
             micro_batch=micro_batch,
             gathers=tuple(gathers),
-            reads=tuple(_runs(blocks, range(bounds[2], bounds[3]))),
+            reads=tuple(_runs(blocks, [slot for slot in on_disk if slot not in tails])),
             scatters=tuple(scatters),
-            writes=tuple(_runs(blocks, behind)),
+            writes=tuple(_runs(blocks, [slot for slot in behind if slot not in kept])),
             beyond=slice(bounds[1], bounds[3]),
+            filled=tuple(blocks[slot] for slot in behind if slot in tails and slot not in kept),
         )
 
     def _device_of(self, tier: Tier) -> torch.device:
@@ -225,11 +282,16 @@ class KVRotation:
         piece = self._pieces[job.layer]
         part = slice(piece.offset, piece.offset + piece.num_bytes)
         for tier, slots, rows in job.moves.gathers:
-            target = (buffer if tier is Tier.DEVICE else landing)[slots, : piece.num_bytes]
+            targets = _words((buffer if tier is Tier.DEVICE else landing)[:, : piece.num_bytes])
+            sources = _words(self._homes[tier][:, part])
             link = Link("kv", tier, Tier.DEVICE)
             begun_s = self.transfers.begin(link)
-            torch.index_select(_words(self._homes[tier][:, part]), 0, rows, out=_words(target))
-            self.transfers.end(link, target.nbytes, begun_s, f"layer {job.layer}")
+            if isinstance(slots, slice):
+                torch.index_select(sources, 0, rows, out=targets[slots])
+            else:
+                targets.index_copy_(0, slots, sources[rows])
+            num_bytes = rows.shape[0] * piece.num_bytes
+            self.transfers.end(link, num_bytes, begun_s, f"layer {job.layer}")
 
     def _read(self, job: _Job) -> None:
         """Start the job's reads from NVMe."""

@@ -12,11 +12,13 @@ NUM_BUFFERS = 3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockUse:
     """What one sequence needs of its blocks in a pass: the first ``num_loaded`` hold earlier
-    tokens, those from ``first_written`` on take new ones."""
+    tokens, those from ``first_written`` on take new ones. ``unfinished``: the pass leaves room in
+    the last block, so that the next pass writes to it again."""
 
     block_ids: tuple[int, ...]
     num_loaded: int
     first_written: int
+    unfinished: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,14 +26,15 @@ class MicroBatch:
     """Blocks that are on the device together, a layer at a time.
 
     ``blocks[slot]`` is the block whose piece comes to a slot; the first ``num_loaded`` of them hold
-    earlier tokens, in ascending order; ``written`` are the slots that take new ones. ``members``
-    are the positions of the sequences in the pass.
+    earlier tokens, in ascending order; ``written`` are the slots that take new ones, ``unfinished``
+    those of them that will take more. ``members`` are the positions of the sequences in the pass.
     """
 
     members: tuple[int, ...]
     blocks: tuple[int, ...]
     num_loaded: int
     written: tuple[int, ...]
+    unfinished: frozenset[int] = frozenset()
 
     @property
     def slots(self) -> Mapping[int, int]:
@@ -70,6 +73,7 @@ def _micro_batch(uses: Mapping[int, BlockUse], members: Sequence[int]) -> MicroB
     for use in (uses[position] for position in members):
         loaded.update(use.block_ids[: use.num_loaded])
         written.update(use.block_ids[use.first_written :])
+    last = {uses[p].block_ids[-1] for p in members if uses[p].unfinished}
     blocks = (*sorted(loaded), *sorted(written - loaded))
     slots = {block: slot for slot, block in enumerate(blocks)}
     return MicroBatch(
@@ -77,4 +81,5 @@ def _micro_batch(uses: Mapping[int, BlockUse], members: Sequence[int]) -> MicroB
         blocks=blocks,
         num_loaded=len(loaded),
         written=tuple(sorted(slots[block] for block in written)),
+        unfinished=frozenset(slots[block] for block in last),
     )

@@ -80,6 +80,7 @@ class Assembly:
             num_rotating_host_blocks=sizing.num_rotating_host_blocks,
             num_rotating_nvme_blocks=sizing.num_rotating_nvme_blocks,
             num_rotation_slots=sizing.num_rotation_slots,
+            num_tail_blocks=sizing.num_tail_blocks,
             max_model_len=sizing.max_model_len
             if sizing.num_rotation_slots
             else min(limit, blocks * block_size),
@@ -186,8 +187,7 @@ class Assembly:
             ),
             ring_bytes=choice.ring_bytes,
             device_kv_bytes=blocks * block_bytes,
-            host_kv_bytes=(self.sizing.num_host_blocks + self.sizing.num_rotating_host_blocks)
-            * block_bytes,
+            host_kv_bytes=self.sizing.num_blocks_on_host * block_bytes,
             nvme_kv_bytes=self.sizing.num_rotating_nvme_blocks
             * self.sizing.piece_bytes
             * (run[1] - run[0]),

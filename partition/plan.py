@@ -9,7 +9,7 @@ from kvcache.tier import Tier, TierBudget
 from partition.codec import decode, encode
 from partition.errors import PlanError
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,8 @@ class PartitionPlan:
 
     Running sequences hold ``num_device_blocks`` and the rotating blocks, which lie on host and NVMe
     and come to the device while they are attended to, through buffers of ``num_rotation_slots``
-    pieces of a layer; ``num_host_blocks`` hold what was demoted.
+    pieces of a layer; ``num_tail_blocks`` hold, on the host, blocks that belong on NVMe and are not
+    full yet; ``num_host_blocks`` hold what was demoted.
     ``expert_parallel``: the ranks of a stage deal out whole experts, instead of cutting each.
     """
 
@@ -129,6 +130,7 @@ class PartitionPlan:
     num_rotating_host_blocks: int = 0
     num_rotating_nvme_blocks: int = 0
     num_rotation_slots: int = 0
+    num_tail_blocks: int = 0
     version: int = PLAN_VERSION
 
     @property
@@ -194,7 +196,12 @@ class PartitionPlan:
                 f"passes_in_flight is {self.passes_in_flight}, but the {self.pipeline_parallel} "
                 "stages of pipeline_parallel serve one pass each; lower passes_in_flight"
             )
-        for name in ("num_host_blocks", "num_rotating_host_blocks", "num_rotating_nvme_blocks"):
+        for name in (
+            "num_host_blocks",
+            "num_rotating_host_blocks",
+            "num_rotating_nvme_blocks",
+            "num_tail_blocks",
+        ):
             if getattr(self, name) < 0:
                 raise PlanError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.max_model_len > self.num_active_blocks * self.block_size:

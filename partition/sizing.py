@@ -30,7 +30,8 @@ class Sizing:
     """Token and block counts common to all shards. ``kv_share`` is the part of the device budget
     left after workspace and ring that KV may take while weights stream; None: as much as the blocks
     need. ``num_decoding`` sequences of the workload's length find room together. Rotating blocks
-    pass through ``num_rotation_slots`` of ``piece_bytes`` a buffer."""
+    pass through ``num_rotation_slots`` of ``piece_bytes`` a buffer; those that belong on NVMe are
+    among ``num_tail_blocks`` on the host until they are full."""
 
     block_size: int
     num_device_blocks: int
@@ -44,7 +45,12 @@ class Sizing:
     num_rotating_host_blocks: int = 0
     num_rotating_nvme_blocks: int = 0
     num_rotation_slots: int = 0
+    num_tail_blocks: int = 0
     piece_bytes: int = 0
+
+    @property
+    def num_blocks_on_host(self) -> int:
+        return self.num_host_blocks + self.num_rotating_host_blocks + self.num_tail_blocks
 
     @property
     def rotation_bytes(self) -> int:
@@ -132,8 +138,10 @@ def sizings(
     nvme_room = budget.nvme_bytes // 2 // (piece_bytes * math.ceil(profile.num_layers / stages))
     for part in DEVICE_KV_PARTS:
         on_device = max(least.num_device_blocks, most // part)
-        on_host = max(0, min(most - on_device, host_room))
-        on_nvme = max(0, min(most - on_device - on_host, nvme_room))
+        beyond = max(0, most - on_device)
+        tails = min(wanted, host_room) if beyond > host_room and nvme_room else 0
+        on_host = min(beyond, host_room - tails)
+        on_nvme = min(beyond - on_host, nvme_room)
         total = on_device + on_host + on_nvme
         if total < longest or total == on_device:
             continue
@@ -142,11 +150,13 @@ def sizings(
         yield replace(
             made,
             num_device_blocks=on_device,
-            num_host_blocks=min(host_blocks, budget.host_bytes // block_bytes - on_host) // 2,
+            num_host_blocks=min(host_blocks, budget.host_bytes // block_bytes - on_host - tails)
+            // 2,
             max_model_len=min(made.max_model_len, used * constraints.block_size),
             num_rotating_host_blocks=on_host,
             num_rotating_nvme_blocks=on_nvme,
             num_rotation_slots=used,
+            num_tail_blocks=tails,
             piece_bytes=piece_bytes,
         )
 

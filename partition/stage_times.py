@@ -157,7 +157,7 @@ class StageTimes:
             host=np.asarray(
                 budget.host_bytes
                 - _pages(sizing.num_host_blocks * block_bytes)
-                - _pages(sizing.num_rotating_host_blocks * block_bytes)
+                - _pages((sizing.num_blocks_on_host - sizing.num_host_blocks) * block_bytes)
             ),
             nvme=np.asarray(
                 budget.nvme_bytes

@@ -107,4 +107,5 @@ def _use(spec: ChunkSpec, block_size: int) -> BlockUse:
         block_ids=tuple(spec.block_ids[:used]),
         num_loaded=-(-spec.start // block_size),
         first_written=spec.start // block_size,
+        unfinished=(spec.start + spec.length) % block_size > 0,
     )

@@ -49,6 +49,7 @@ def test_rotating_blocks_give_the_tokens_of_transformers(
         plan,
         num_rotating_host_blocks={"host": 170, "nvme": 0, "mixed": 40}[beyond],
         num_rotating_nvme_blocks={"host": 0, "nvme": 170, "mixed": 130}[beyond],
+        num_tail_blocks={"host": 0, "nvme": 0, "mixed": 5}[beyond],  # of 8 sequences
         num_rotation_slots=128 // BLOCK_SIZE + 13,  # one or two sequences at a time
     )
     plan.validate()

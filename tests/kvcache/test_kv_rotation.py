@@ -19,6 +19,7 @@ from kvcache.kv_store import KVStore
 from kvcache.layout import KVLayerSpec, KVLayout
 from kvcache.micro_batch import NUM_BUFFERS, BlockUse, deal
 from kvcache.tier import Tier
+from kvcache.transfer_stats import Link
 
 LAYOUT = KVLayout(
     layers=tuple(
@@ -33,7 +34,7 @@ TOTAL = DEVICE + HOST + NVME
 
 
 @contextmanager
-def rotation(folder: Path) -> Iterator[tuple[KVStore, KVRotation]]:
+def rotation(folder: Path, num_tail_blocks: int = 0) -> Iterator[tuple[KVStore, KVRotation]]:
     device = Arena(Tier.DEVICE, 1 << 22)
     host = Arena(Tier.HOST, 1 << 20)
     store = KVStore(
@@ -44,6 +45,7 @@ def rotation(folder: Path) -> Iterator[tuple[KVStore, KVRotation]]:
         num_host_blocks=HOST,
         num_nvme_blocks=NVME,
         num_slots=SLOTS,
+        num_tail_blocks=num_tail_blocks,
         device_arena=device,
         host_arena=host,
         folder=folder / "kv",
@@ -58,29 +60,42 @@ def rotation(folder: Path) -> Iterator[tuple[KVStore, KVRotation]]:
 
 
 uses = st.lists(
-    st.lists(st.integers(0, TOTAL - 1), min_size=1, max_size=SLOTS, unique=True), max_size=5
+    st.tuples(
+        st.lists(st.integers(0, TOTAL - 1), min_size=1, max_size=SLOTS, unique=True), st.booleans()
+    ),
+    max_size=5,
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(passes=st.lists(uses, min_size=1, max_size=5))
+@given(
+    passes=st.lists(uses, min_size=1, max_size=8),
+    num_tail_blocks=st.integers(0, 4),
+    demoted=st.lists(st.integers(DEVICE, TOTAL - 1), max_size=3),
+)
 def test_every_block_keeps_what_was_written(
-    passes: list[list[list[int]]], tmp_path_factory: pytest.TempPathFactory
+    passes: list[list[tuple[list[int], bool]]],
+    num_tail_blocks: int,
+    demoted: list[int],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Each sequence reads all its blocks, and writes the last one whole."""
+    """Each sequence reads all its blocks, and writes the last one whole; after each pass some
+    blocks go down to the host and come up again."""
     known: dict[tuple[int, int], float] = {}
     stamp = 0.0
-    with rotation(tmp_path_factory.mktemp("rotation")) as (_, rotating):
+    folder = tmp_path_factory.mktemp("rotation")
+    with rotation(folder, num_tail_blocks) as (store, rotating):
         for sequences in passes:
             free = set(range(TOTAL))
             chosen = {}
-            for index, block_ids in enumerate(sequences):
+            for index, (block_ids, unfinished) in enumerate(sequences):
                 if set(block_ids) <= free:
                     free -= set(block_ids)
                     chosen[index] = BlockUse(
                         block_ids=tuple(block_ids),
                         num_loaded=len(block_ids),
                         first_written=len(block_ids) - 1,
+                        unfinished=unfinished,
                     )
             micro_batches = deal(chosen, SLOTS)
             rotating.begin(micro_batches)
@@ -96,6 +111,38 @@ def test_every_block_keeps_what_was_written(
                         known[spec.layer, micro_batch.blocks[slot]] = stamp
                     rotating.put_back()
             rotating.end()
+            assert len(rotating._tails) + len(rotating._free_tails) == num_tail_blocks
+            assert min(rotating._tails, default=DEVICE + HOST) >= DEVICE + HOST
+            for block in demoted:
+                store.copy(Tier.DEVICE, block, Tier.HOST, 0)
+                store.copy(Tier.HOST, 0, Tier.DEVICE, block)
+        assert rotating.take_lost() == ()
+
+
+def test_a_block_reaches_the_disk_once_it_is_full(tmp_path: Path) -> None:
+    block = DEVICE + HOST + 1
+    strides = sum(-(-LAYOUT.piece(index).num_bytes // 4096) * 4096 for index in range(3))
+    to_nvme, from_nvme = Link("kv", Tier.DEVICE, Tier.NVME), Link("kv", Tier.NVME, Tier.DEVICE)
+    for num_tail_blocks, moved in ((0, (3 * strides, 2 * strides)), (1, (strides, 0))):
+        with rotation(tmp_path, num_tail_blocks) as (_, rotating):
+            for num_loaded, unfinished in ((0, True), (1, True), (1, False)):
+                use = BlockUse(
+                    block_ids=(block,),
+                    num_loaded=num_loaded,
+                    first_written=0,
+                    unfinished=unfinished,
+                )
+                rotating.begin(deal({0: use}, SLOTS))
+                for spec in LAYOUT.layers:
+                    rotating.take(spec.layer)
+                    rotating.put_back()
+                rotating.end()
+            totals = rotating.transfers.snapshot()
+            counted = [
+                totals[link].num_bytes if link in totals else 0 for link in (to_nvme, from_nvme)
+            ]
+            assert tuple(counted) == moved
+            assert rotating._tails == {}
 
 
 def test_whole_blocks_go_down_and_come_up_again(tmp_path: Path) -> None:

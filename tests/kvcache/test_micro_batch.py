@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kvcache.micro_batch import BlockUse, MicroBatch, deal
@@ -29,6 +31,13 @@ def test_a_shared_block_comes_once() -> None:
     assert together.blocks == (1, 2, 5, 7)
     assert together.written == (2, 3)
     assert together.slots == {1: 0, 2: 1, 5: 2, 7: 3}
+
+
+def test_a_block_with_room_left_is_unfinished() -> None:
+    full, open_ = decode(1, 2), replace(decode(7, 5), unfinished=True)
+    (together,) = deal({0: full, 1: open_}, 4)
+    assert together.blocks == (1, 2, 5, 7)
+    assert together.written == (1, 2) and together.unfinished == {2}
 
 
 def test_blocks_that_hold_nothing_yet_are_not_loaded() -> None:

@@ -86,7 +86,9 @@ def _recount(made: PartitionPlan, model: ModelProfile, cluster: ClusterSpec) -> 
             held[Tier.DEVICE] += made.num_device_blocks * block
             held[Tier.DEVICE] += shard.ring_bytes + shard.workspace_bytes
             held[Tier.DEVICE] += NUM_BUFFERS * made.num_rotation_slots * max(pages)
-            host_blocks = made.num_host_blocks + made.num_rotating_host_blocks
+            host_blocks = (
+                made.num_host_blocks + made.num_rotating_host_blocks + made.num_tail_blocks
+            )
             held[Tier.HOST] += host_blocks * block + shard.staging_bytes
             held[Tier.NVME] += made.num_rotating_nvme_blocks * sum(pages)
             limits = device.budget
