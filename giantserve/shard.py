@@ -155,8 +155,7 @@ class Shard:
             self._sequences[new.seq_id] = _Sequence(
                 new, list(new.block_ids), list(new.output_token_ids)
             )
-        for copy in plan.copies:
-            self._kv.copy(copy.source, copy.source_id, copy.target, copy.target_id)
+        self._kv.copy(plan.copies)
         result = None
         if plan.chunks:
             result = self._compute(plan)

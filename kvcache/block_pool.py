@@ -24,11 +24,14 @@ class BlockPool:
     the queue over. Its order matters: the holder of the bytes runs all copies in order, before any
     write to blocks allocated since the previous hand-over, and after all earlier writes.
 
-    Freed content stays on the device until its block is needed; then it is demoted to the host
-    (over the host's own least recently used content), and lost only where every host block is held.
     Ids past the last device block name *rotating* blocks: they lie on the host or on NVMe and come
-    to the device while they are attended to. In all else they are device blocks, dealt out when no
-    blank one is left. Not thread-safe.
+    to the device while they are attended to. Running sequences hold them where the device has no
+    room left.
+
+    Freed content stays on the device until its block is needed. Then it goes down: to the host over
+    its least recently used content, and that to a free rotating block over what was used longest
+    ago there; only from the last tier that has blocks is content lost. What a prompt matches comes
+    up to the device if all that its sequence needs has room there. Not thread-safe.
     """
 
     def __init__(
@@ -48,14 +51,15 @@ class BlockPool:
         self.num_device_blocks = num_device_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._device = TierBlocks(num_device_blocks + num_rotating_blocks, num_device_blocks)
+        self._device = TierBlocks(num_device_blocks)
+        self._rotating = TierBlocks(num_rotating_blocks)
         self._host = TierBlocks(num_host_blocks)
         self._copies: list[BlockCopy] = []
 
     @property
     def num_active_blocks(self) -> int:
         """Blocks for running sequences: those on the device and the rotating ones."""
-        return self._device.num_blocks
+        return self._device.num_blocks + self._rotating.num_blocks
 
     @property
     def num_host_blocks(self) -> int:
@@ -64,12 +68,12 @@ class BlockPool:
     @property
     def num_free_device_blocks(self) -> int:
         """Device blocks that no sequence holds, those with reusable content included."""
-        return self._device.num_free_preferred
+        return self._device.num_free
 
     @property
     def num_free_active_blocks(self) -> int:
         """The same of device and rotating blocks together."""
-        return self._device.num_free
+        return self._device.num_free + self._rotating.num_free
 
     @property
     def num_free_host_blocks(self) -> int:
@@ -82,6 +86,11 @@ class BlockPool:
         return self._device.num_cached
 
     @property
+    def num_cached_rotating_blocks(self) -> int:
+        """Rotating blocks that a prompt could match."""
+        return self._rotating.num_cached
+
+    @property
     def num_cached_host_blocks(self) -> int:
         """Host blocks that a prompt could match."""
         return self._host.num_cached
@@ -91,58 +100,70 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def match_prefix(self, hashes: Sequence[bytes]) -> tuple[CachedBlock, ...]:
-        """The longest run of blocks from the start whose content is cached, the device preferred.
+        """The longest run of blocks from the start whose content is cached, each on the highest
+        tier that has it.
 
         Looks only; the answer holds until the pool is next changed.
         """
         matched: list[CachedBlock] = []
         for block_hash in hashes:
-            if (device_id := self._device.find(block_hash)) is not None:
-                matched.append(CachedBlock(Tier.DEVICE, device_id))
-            elif (host_id := self._host.find(block_hash)) is not None:
-                matched.append(CachedBlock(Tier.HOST, host_id))
-            else:
+            places = self.find(block_hash)
+            if not places:
                 break
+            matched.append(places[0])
         return tuple(matched)
 
     def allocate(self, num_new: int, prefix: Sequence[CachedBlock] = ()) -> list[int] | None:
-        """Hold device blocks with the content of ``prefix``, then ``num_new`` of undefined content.
+        """Hold blocks with the content of ``prefix``, then ``num_new`` of undefined content.
 
-        Device blocks of the prefix are shared, host blocks are promoted into new device blocks (and
-        stay cached on the host). Returns None, and changes nothing, where too few blocks are free.
+        Device blocks of the prefix are shared; those of the host come up, and so do rotating ones
+        where the device then still has room for the new blocks, else they are shared, too. What
+        came up stays cached below. Returns None, and changes nothing, where too few blocks are
+        free.
         """
         shared = [b for tier, b in prefix if tier is Tier.DEVICE]
-        promoted = [b for tier, b in prefix if tier is Tier.HOST]
-        num_idle = sum(self._device.is_idle(b) for b in shared)
-        if self._device.num_free - num_idle < len(promoted) + num_new:
+        from_host = [b for tier, b in prefix if tier is Tier.HOST]
+        rotating = [b for b in shared if b >= self.num_device_blocks]
+        room = self._device.num_free - sum(self._is_idle(b) for b in shared if b not in rotating)
+        needed = num_new + len(from_host)
+        risen = set(rotating) if needed + len(rotating) <= room else set()
+        beyond = self._rotating.num_free - sum(map(self._is_idle, rotating))
+        if not risen and needed > room + beyond:
             return None
         for block_id in shared:
-            self._device.hold(block_id)
-        for block_id in promoted:  # or making room on the device could overwrite them
+            self._hold(block_id)
+        for block_id in from_host:  # or making room on the device could overwrite them
             self._host.hold(block_id)
-        block_ids = [b if tier is Tier.DEVICE else self._promote(b) for tier, b in prefix]
-        block_ids.extend(self._take_device() for _ in range(num_new))
-        for block_id in reversed(promoted):
+        block_ids = [
+            self._promote(block) if block.tier is Tier.HOST or block.block_id in risen else block[1]
+            for block in prefix
+        ]
+        block_ids.extend(self._take() for _ in range(num_new))
+        for block_id in reversed(from_host):
             self._host.release(block_id)
+        for block_id in reversed(rotating):
+            if block_id in risen:
+                self._release(block_id)
         return block_ids
 
     def cache_full_blocks(self, block_ids: Sequence[int], hashes: Sequence[bytes]) -> None:
-        """Make held device blocks findable by the hash of their content.
+        """Make blocks that a sequence holds findable by the hash of their content.
 
         Call it once the pass that fills them is planned: from then on they may be matched by later
         passes. Does nothing where prefix caching is off.
         """
         if self.enable_prefix_caching:
             for block_id, block_hash in zip(block_ids, hashes, strict=True):
-                self._device.register(block_id, block_hash)
+                blocks, place = self._active(block_id)
+                blocks.register(place, block_hash)
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """Give back device blocks, in the order of a sequence's table: the last is reused first."""
+        """Give back a sequence's blocks, in the order of its table: the last is reused first."""
         for block_id in reversed(block_ids):
-            self._device.release(block_id)
+            self._release(block_id)
 
     def swap_out(self, block_ids: Sequence[int]) -> list[int] | None:
-        """Move a sequence's device blocks to host blocks, which it then holds instead.
+        """Move a sequence's blocks to host blocks, which it then holds instead.
 
         Content that the host has already is held there, not copied again. Returns None, and changes
         nothing, where too few host blocks are free.
@@ -155,7 +176,7 @@ class BlockPool:
             if host_id is not None:
                 self._host.hold(host_id)
         host_ids = [
-            self._demote(block_id, self._device.hash_of(block_id)) if host_id is None else host_id
+            self._demote(block_id, self._hash_of(block_id)) if host_id is None else host_id
             for block_id, host_id in zip(block_ids, known, strict=True)
         ]
         self.free(block_ids)
@@ -178,21 +199,28 @@ class BlockPool:
             self._host.release(host_id)
 
     def find(self, block_hash: bytes) -> list[CachedBlock]:
-        """Where that content is cached: at most one block on each tier."""
-        places = ((Tier.DEVICE, self._device), (Tier.HOST, self._host))
-        found = ((tier, blocks.find(block_hash)) for tier, blocks in places)
-        return [CachedBlock(tier, block_id) for tier, block_id in found if block_id is not None]
+        """Where that content is cached, the highest tier first: at most one block on each."""
+        found = []
+        if (block_id := self._device.find(block_hash)) is not None:
+            found.append(CachedBlock(Tier.DEVICE, block_id))
+        if (block_id := self._host.find(block_hash)) is not None:
+            found.append(CachedBlock(Tier.HOST, block_id))
+        if (block_id := self._rotating.find(block_hash)) is not None:
+            found.append(CachedBlock(Tier.DEVICE, self.num_device_blocks + block_id))
+        return found
 
     def forget(self, lost: Collection[CachedBlock]) -> set[CachedBlock]:
-        """No prompt may match the content of ``lost`` blocks any more, nor its copy on the other
-        tier. Returns all of them."""
+        """No prompt may match the content of ``lost`` blocks any more, nor its copies on other
+        tiers. Returns all of them."""
         found = set(lost)
-        for tier, block_id in lost:
-            block_hash = (self._device if tier is Tier.DEVICE else self._host).hash_of(block_id)
+        for block in lost:
+            blocks, place = self._blocks_of(block)
+            block_hash = blocks.hash_of(place)
             if block_hash is not None:
                 found.update(self.find(block_hash))
-        for tier, block_id in found:
-            (self._device if tier is Tier.DEVICE else self._host).forget(block_id)
+        for block in found:
+            blocks, place = self._blocks_of(block)
+            blocks.forget(place)
         return found
 
     def take_copies(self) -> tuple[BlockCopy, ...]:
@@ -202,15 +230,48 @@ class BlockPool:
 
     def check_integrity(
         self,
-        device_references: Mapping[int, int] | None = None,
+        active_references: Mapping[int, int] | None = None,
         host_references: Mapping[int, int] | None = None,
     ) -> None:
         """Assert that the books are consistent, and how many hold each block, where given."""
-        self._device.check_integrity(device_references)
+        first = self.num_device_blocks
+        beyond = None
+        if active_references is not None:
+            beyond = {b - first: count for b, count in active_references.items() if b >= first}
+        self._device.check_integrity(active_references)
+        self._rotating.check_integrity(beyond)
         self._host.check_integrity(host_references)
 
-    def _take_device(self) -> int:
-        """Hold a free device block, after saving its content on the host where that is possible."""
+    def _active(self, block_id: int) -> tuple[TierBlocks, int]:
+        """The tier that has a block for running sequences, and its place there."""
+        if block_id < self.num_device_blocks:
+            return self._device, block_id
+        return self._rotating, block_id - self.num_device_blocks
+
+    def _blocks_of(self, block: CachedBlock) -> tuple[TierBlocks, int]:
+        return (self._host, block.block_id) if block.tier is Tier.HOST else self._active(block[1])
+
+    def _hold(self, block_id: int) -> None:
+        blocks, place = self._active(block_id)
+        blocks.hold(place)
+
+    def _release(self, block_id: int) -> None:
+        blocks, place = self._active(block_id)
+        blocks.release(place)
+
+    def _is_idle(self, block_id: int) -> bool:
+        blocks, place = self._active(block_id)
+        return blocks.is_idle(place)
+
+    def _hash_of(self, block_id: int) -> bytes | None:
+        blocks, place = self._active(block_id)
+        return blocks.hash_of(place)
+
+    def _take(self) -> int:
+        """Hold a free block, of the device if it has one, after saving its content below."""
+        if not self._device.num_free:
+            place, _ = self._rotating.take()
+            return self.num_device_blocks + place
         block_id, lost = self._device.take()
         if lost is not None:
             host_id = self._host.find(lost)
@@ -218,32 +279,55 @@ class BlockPool:
                 self._host.touch(host_id)
             elif self._host.num_free:
                 self._host.release(self._demote(block_id, lost))
+            else:
+                self._sink(CachedBlock(Tier.DEVICE, block_id), lost)
         return block_id
 
     def _demote(self, block_id: int, block_hash: bytes | None) -> int:
-        """Copy a device block to a free host block, which is then held."""
-        host_id, _ = self._host.take()
-        self._copies.append(
-            BlockCopy(source=Tier.DEVICE, source_id=block_id, target=Tier.HOST, target_id=host_id)
-        )
+        """Copy a block to a free host block, which is then held."""
+        host_id, lost = self._host.take()
+        if lost is not None:
+            self._sink(CachedBlock(Tier.HOST, host_id), lost)
+        self._copy(CachedBlock(Tier.DEVICE, block_id), CachedBlock(Tier.HOST, host_id))
         if block_hash is not None:
             self._host.register(host_id, block_hash)
         return host_id
 
-    def _promote(self, host_id: int) -> int:
-        """Copy a host block to a free device block, which is then held."""
-        block_id = self._take_device()
-        self._copies.append(
-            BlockCopy(source=Tier.HOST, source_id=host_id, target=Tier.DEVICE, target_id=block_id)
-        )
-        block_hash = self._host.hash_of(host_id)
+    def _sink(self, source: CachedBlock, block_hash: bytes) -> None:
+        """Keep content that loses its block in a rotating one, if any is free."""
+        known = self._rotating.find(block_hash)
+        if known is not None:
+            self._rotating.touch(known)
+        elif self._rotating.num_free:
+            place, _ = self._rotating.take()
+            self._copy(source, CachedBlock(Tier.DEVICE, self.num_device_blocks + place))
+            self._rotating.register(place, block_hash)
+            self._rotating.release(place)
+
+    def _promote(self, block: CachedBlock) -> int:
+        """Copy a block to a free one for running sequences, which is then held."""
+        blocks, place = self._blocks_of(block)
+        block_id = self._take()
+        self._copy(block, CachedBlock(Tier.DEVICE, block_id))
+        block_hash = blocks.hash_of(place)
         if block_hash is not None:
-            self._device.register(block_id, block_hash)
+            upper, where = self._active(block_id)
+            upper.register(where, block_hash)
         return block_id
 
+    def _copy(self, source: CachedBlock, target: CachedBlock) -> None:
+        self._copies.append(
+            BlockCopy(
+                source=source.tier,
+                source_id=source.block_id,
+                target=target.tier,
+                target_id=target.block_id,
+            )
+        )
+
     def _host_copy(self, block_id: int) -> int | None:
-        """The host block with the same content as a device block."""
-        block_hash = self._device.hash_of(block_id)
+        """The host block with the same content as another."""
+        block_hash = self._hash_of(block_id)
         return None if block_hash is None else self._host.find(block_hash)
 
     def _nearest(self, host_id: int) -> CachedBlock:

@@ -173,21 +173,26 @@ class KVRotation:
         lost, self._lost = tuple(self._lost), set()
         return lost
 
-    def save(self, block: int, row: torch.Tensor, target: CachedBlock) -> None:
-        """Copy a whole block to ``row`` [block_bytes] in memory, the content of ``target``."""
-        if (tail := self._tails.get(block)) is not None:
-            row.copy_(self._host[tail])
-            return
+    def tier_of(self, block: int) -> Tier:
+        """Where a block that rotates lies."""
+        return Tier.HOST if block < self._first_nvme else Tier.NVME
+
+    def save(
+        self, blocks: Sequence[int], rows: Sequence[torch.Tensor], targets: Sequence[CachedBlock]
+    ) -> None:
+        """Copy whole blocks, all distinct, to ``rows`` [block_bytes] in memory, which are the
+        contents of ``targets``."""
         before, self._lost = self._lost, set()
-        self._move(block, row, write=False)
-        if self._lost:
-            self._lost.add(target)
+        self._move(blocks, rows, write=False)
+        pairs = zip(blocks, targets, strict=True)
+        self._lost |= {to for block, to in pairs if CachedBlock(Tier.DEVICE, block) in self._lost}
         self._lost |= before
 
-    def restore(self, row: torch.Tensor, block: int) -> None:
-        """Copy ``row`` [block_bytes] in memory to a whole block."""
-        self._drop_tail(block)
-        self._move(block, row, write=True)
+    def restore(self, rows: Sequence[torch.Tensor], blocks: Sequence[int]) -> None:
+        """Copy ``rows`` [block_bytes] in memory to whole blocks, all distinct."""
+        for block in blocks:
+            self._drop_tail(block)
+        self._move(blocks, rows, write=True)
 
     def close(self) -> None:
         """Give the disk space back. Idempotent."""
@@ -211,7 +216,7 @@ class KVRotation:
         for block in others[: max(0, missing - len(self._free_tails))]:
             row = self._host[self._tails[block]]
             self._drop_tail(block)
-            self._move(block, row, write=True)
+            self._move([block], [row], write=True)
 
     def _drop_tail(self, block: int) -> None:
         row = self._tails.pop(block, None)
@@ -377,25 +382,26 @@ class KVRotation:
                 self._lose(job, run, range(run.stop - run.start))
         job.writes.clear()
 
-    def _move(self, block: int, row: torch.Tensor, *, write: bool) -> None:
-        if block < self._first_nvme:
-            mine = self._host[block - self._first_host]
-            (mine if write else row).copy_(row if write else mine)
-            return
-        whole = MicroBatch(
-            members=(), blocks=(block,), num_loaded=int(not write), written=(0,) if write else ()
-        )
-        self.begin([whole])
-        for piece in self._pieces:
-            job = self._jobs[self._at]
-            slot = self._rows(self._landings, job)[0, : piece.num_bytes]
-            mine = row[piece.offset : piece.offset + piece.num_bytes]
-            self._wait_for_reads(job, self._rows(self._landings, job))
-            (slot if write else mine).copy_(mine if write else slot)
-            if write and self._staged:
-                self._rows(self._buffers, job)[0, : piece.num_bytes].copy_(slot)
-            self.put_back()
-        self.end()
+    def _move(self, blocks: Sequence[int], rows: Sequence[torch.Tensor], *, write: bool) -> None:
+        """Copy whole blocks from or to rows in memory, as passes of their own."""
+        order = sorted(zip(blocks, rows, strict=True), key=lambda pair: pair[0])
+        for start in range(0, len(order), self.num_slots):
+            chosen, memory = zip(*order[start : start + self.num_slots], strict=True)
+            whole = MicroBatch(
+                members=(),
+                blocks=chosen,
+                num_loaded=0 if write else len(chosen),
+                written=tuple(range(len(chosen))) if write else (),
+            )
+            self.begin([whole])
+            for piece, spec in zip(self._pieces, self._store.layout.layers, strict=True):
+                self.take(spec.layer)
+                slots = self._rows(self._buffers, self._jobs[self._at])[:, : piece.num_bytes]
+                for slot, row in zip(slots, memory, strict=False):
+                    mine = row[piece.offset : piece.offset + piece.num_bytes]
+                    (slot if write else mine).copy_(mine if write else slot)
+                self.put_back()
+            self.end()
 
 
 def _runs(blocks: Sequence[int], slots: Sequence[int]) -> Iterator[slice]:

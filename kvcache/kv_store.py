@@ -6,11 +6,15 @@ between tiers is one copy. Each layer sees its keys and values as strided views.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Protocol
 
 import torch
 
 from kvcache.arena import Arena
+from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import CachedBlock
 from kvcache.layout import KVLayout, LayerPiece
 from kvcache.tier import Tier
@@ -22,8 +26,11 @@ KVViews = tuple[torch.Tensor, torch.Tensor]
 class WholeBlocks(Protocol):
     """Blocks that lie elsewhere (kvcache.kv_rotation.KVRotation)."""
 
-    def save(self, block: int, row: torch.Tensor, target: CachedBlock) -> None: ...
-    def restore(self, row: torch.Tensor, block: int) -> None: ...
+    def tier_of(self, block: int) -> Tier: ...
+    def save(
+        self, blocks: Sequence[int], rows: Sequence[torch.Tensor], targets: Sequence[CachedBlock]
+    ) -> None: ...
+    def restore(self, rows: Sequence[torch.Tensor], blocks: Sequence[int]) -> None: ...
 
 
 class KVStore:
@@ -51,7 +58,7 @@ class KVStore:
             for index, spec in enumerate(layout.layers)
         }
         self._rotation: WholeBlocks | None = None
-        self.bytes_copied = {(Tier.DEVICE, Tier.HOST): 0, (Tier.HOST, Tier.DEVICE): 0}
+        self.bytes_copied = Counter({(Tier.DEVICE, Tier.HOST): 0, (Tier.HOST, Tier.DEVICE): 0})
 
     def allocate(self, arena: Arena, num_blocks: int) -> torch.Tensor:
         """Memory for whole blocks, [num_blocks, block_bytes] uint8. Raises TierFullError."""
@@ -75,18 +82,59 @@ class KVStore:
         """Block ids past the device's last are ``rotation``'s from now on."""
         self._rotation = rotation
 
-    def copy(self, source: Tier, source_id: int, target: Tier, target_id: int) -> None:
-        """Copy one block between tiers; in order with what the device computes."""
-        if source is Tier.DEVICE and source_id >= self.num_device_blocks:
-            assert self._rotation is not None
-            to = CachedBlock(target, target_id)
-            self._rotation.save(source_id, self._blocks[target][target_id], to)
-        elif target is Tier.DEVICE and target_id >= self.num_device_blocks:
-            assert self._rotation is not None
-            self._rotation.restore(self._blocks[source][source_id], target_id)
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks between tiers, as if one after the other; in order with what the device
+        computes."""
+        for kind, group in groupby(copies, self._kind):
+            for run in _distinct(group):
+                self._run(*kind, run)
+
+    def _kind(self, copy: BlockCopy) -> tuple[bool, bool]:
+        """Whether source and target rotate."""
+        first = self.num_device_blocks
+        return (
+            copy.source is Tier.DEVICE and copy.source_id >= first,
+            copy.target is Tier.DEVICE and copy.target_id >= first,
+        )
+
+    def _run(self, from_rotation: bool, to_rotation: bool, copies: list[BlockCopy]) -> None:
+        assert not (from_rotation and to_rotation), "a copy goes to or from memory"
+        rotation = self._rotation
+        for copy in copies:
+            source, target = copy.source, copy.target
+            if from_rotation and rotation is not None:
+                source = rotation.tier_of(copy.source_id)
+            if to_rotation and rotation is not None:
+                target = rotation.tier_of(copy.target_id)
+            self.bytes_copied[source, target] += self.layout.block_bytes
+        if from_rotation:
+            assert rotation is not None
+            rows = [self._blocks[copy.target][copy.target_id] for copy in copies]
+            targets = [CachedBlock(copy.target, copy.target_id) for copy in copies]
+            rotation.save([copy.source_id for copy in copies], rows, targets)
+        elif to_rotation:
+            assert rotation is not None
+            rows = [self._blocks[copy.source][copy.source_id] for copy in copies]
+            rotation.restore(rows, [copy.target_id for copy in copies])
         else:
-            self._blocks[target][target_id].copy_(self._blocks[source][source_id])
-        self.bytes_copied[source, target] += self.layout.block_bytes
+            for copy in copies:
+                row = self._blocks[copy.target][copy.target_id]
+                row.copy_(self._blocks[copy.source][copy.source_id])
+
+
+def _distinct(copies: Iterable[BlockCopy]) -> Iterator[list[BlockCopy]]:
+    """Runs in which no block comes twice, so that their order does not matter."""
+    run: list[BlockCopy] = []
+    known: set[CachedBlock] = set()
+    for copy in copies:
+        ends = CachedBlock(copy.source, copy.source_id), CachedBlock(copy.target, copy.target_id)
+        if not known.isdisjoint(ends):
+            yield run
+            run, known = [], set()
+        run.append(copy)
+        known.update(ends)
+    if run:
+        yield run
 
 
 def layer_views(

@@ -14,26 +14,18 @@ class TierBlocks:
     hash.
     """
 
-    def __init__(self, num_blocks: int, num_preferred: int = 0) -> None:
-        """Of the blank blocks, the first ``num_preferred`` are taken before the others."""
+    def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._num_preferred = num_preferred
         self._references = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
-        self._preferred = deque(range(num_preferred))
-        self._blank = deque(range(num_preferred, num_blocks))
+        self._blank = deque(range(num_blocks))
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
         """Blocks that `take` can still give: blank and idle ones."""
-        return len(self._preferred) + len(self._blank) + len(self._idle)
-
-    @property
-    def num_free_preferred(self) -> int:
-        """Those of them that are preferred."""
-        return len(self._preferred) + sum(block < self._num_preferred for block in self._idle)
+        return len(self._blank) + len(self._idle)
 
     @property
     def num_cached(self) -> int:
@@ -56,8 +48,8 @@ class TierBlocks:
         Returns the block and the hash of the content that it loses. Raises IndexError when none is
         free.
         """
-        if blank := self._preferred or self._blank:
-            block_id, lost = blank.popleft(), None
+        if self._blank:
+            block_id, lost = self._blank.popleft(), None
         elif self._idle:
             block_id, _ = self._idle.popitem(last=False)
             lost, self._hashes[block_id] = self._hashes[block_id], None
@@ -80,12 +72,9 @@ class TierBlocks:
         self._references[block_id] -= 1
         if self._references[block_id] == 0:
             if self._hashes[block_id] is None:
-                self._add_blank(block_id)
+                self._blank.append(block_id)
             else:
                 self._idle[block_id] = None
-
-    def _add_blank(self, block_id: int) -> None:
-        (self._preferred if block_id < self._num_preferred else self._blank).append(block_id)
 
     def touch(self, block_id: int) -> None:
         """Make a block the most recently used, if it is idle."""
@@ -101,7 +90,7 @@ class TierBlocks:
         del self._by_hash[block_hash]
         if block_id in self._idle:
             del self._idle[block_id]
-            self._add_blank(block_id)
+            self._blank.append(block_id)
 
     def register(self, block_id: int, block_hash: bytes) -> None:
         """Make the content of a held block findable, unless another block offers the same."""
@@ -112,9 +101,8 @@ class TierBlocks:
 
     def check_integrity(self, references: Mapping[int, int] | None = None) -> None:
         """Assert that every block is in exactly one state, and the reference counts, if given."""
-        blank, idle = {*self._preferred, *self._blank}, set(self._idle)
-        assert len(blank) == len(self._preferred) + len(self._blank), "a block is blank twice"
-        assert all(block_id < self._num_preferred for block_id in self._preferred)
+        blank, idle = set(self._blank), set(self._idle)
+        assert len(blank) == len(self._blank), "a block is blank twice"
         assert not blank & idle, "a block is both blank and idle"
         for block_id, count in enumerate(self._references):
             assert count >= 0, f"block {block_id} has {count} holders"

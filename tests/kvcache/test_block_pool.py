@@ -220,7 +220,7 @@ def test_misuse_is_caught() -> None:
         pool.check_integrity({}, {})
 
 
-def test_rotating_blocks_are_dealt_out_when_the_device_has_no_blank_one() -> None:
+def test_rotating_blocks_are_dealt_out_when_the_device_is_held() -> None:
     pool = BlockPool(2, 0, 2, num_rotating_blocks=2)
     assert allocate(pool, 3) == [0, 1, 2]
     assert (pool.num_free_device_blocks, pool.num_free_active_blocks) == (0, 1)
@@ -230,3 +230,54 @@ def test_rotating_blocks_are_dealt_out_when_the_device_has_no_blank_one() -> Non
     assert pool.allocate(1) is None
     assert pool.num_active_blocks == 4
     pool.check_integrity(dict.fromkeys(range(4), 1), {})
+
+
+def across(source_id: int, target_id: int) -> BlockCopy:
+    """Between a device block and a rotating one."""
+    return BlockCopy(
+        source=Tier.DEVICE, source_id=source_id, target=Tier.DEVICE, target_id=target_id
+    )
+
+
+def test_content_sinks_tier_by_tier_and_the_oldest_is_lost_at_the_bottom() -> None:
+    pool = BlockPool(1, 1, 2, num_rotating_blocks=1)
+    copies = []
+    for content in (A, B, C):
+        pool.cache_full_blocks(allocate(pool, 1), [content])
+        pool.free([0])
+        copies.append(pool.take_copies())
+    assert copies == [(), (to_host(0, 0),), (to_device(0, 1), to_host(0, 0))]
+    assert pool.match_prefix([C, B, A]) == (
+        CachedBlock(Tier.DEVICE, 0),
+        CachedBlock(Tier.HOST, 0),
+        CachedBlock(Tier.DEVICE, 1),
+    )
+    assert allocate(pool, 1) == [0]
+    assert pool.take_copies() == (to_device(0, 1), to_host(0, 0))
+    assert pool.match_prefix([A]) == ()
+    assert pool.match_prefix([C, B]) == (CachedBlock(Tier.HOST, 0), CachedBlock(Tier.DEVICE, 1))
+    pool.check_integrity({0: 1}, {})
+
+
+def test_rotating_content_comes_up_where_the_whole_sequence_finds_room() -> None:
+    pool = BlockPool(2, 0, 2, num_rotating_blocks=2)
+    pool.cache_full_blocks(allocate(pool, 2), [A, B])
+    pool.free([0, 1])
+    assert allocate(pool, 2) == [1, 0]
+    assert pool.take_copies() == (across(1, 2), across(0, 3))
+    match = pool.match_prefix([A, B])
+    assert match == (CachedBlock(Tier.DEVICE, 3), CachedBlock(Tier.DEVICE, 2))
+    assert pool.allocate(0, match) == [3, 2], "the device is held: they rotate"
+    pool.free([3, 2])
+    pool.free([1])
+    assert pool.allocate(0, match) == [3, 2], "one block has room, the other not: both rotate"
+    pool.free([3, 2])
+    pool.free([0])
+    assert pool.take_copies() == ()
+    assert pool.allocate(0, match) == [1, 0]
+    assert pool.take_copies() == (across(3, 1), across(2, 0))
+    assert pool.find(A) == [CachedBlock(Tier.DEVICE, 1), CachedBlock(Tier.DEVICE, 3)]
+    pool.check_integrity({0: 1, 1: 1}, {})
+    both = {CachedBlock(Tier.DEVICE, 1), CachedBlock(Tier.DEVICE, 3)}
+    assert pool.forget([CachedBlock(Tier.DEVICE, 3)]) == both
+    assert pool.match_prefix([A]) == ()

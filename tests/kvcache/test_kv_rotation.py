@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache.arena import Arena
+from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import CachedBlock
 from kvcache.checksum import PieceChecksum
 from kvcache.kv_rotation import KVRotation
@@ -57,6 +58,10 @@ def rotation(folder: Path, num_tail_blocks: int = 0) -> Iterator[tuple[KVStore, 
         rotating.close()
         device.check_integrity()
         host.check_integrity()
+
+
+def copy_of(source: Tier, source_id: int, target: Tier, target_id: int) -> BlockCopy:
+    return BlockCopy(source=source, source_id=source_id, target=target, target_id=target_id)
 
 
 uses = st.lists(
@@ -114,8 +119,8 @@ def test_every_block_keeps_what_was_written(
             assert len(rotating._tails) + len(rotating._free_tails) == num_tail_blocks
             assert min(rotating._tails, default=DEVICE + HOST) >= DEVICE + HOST
             for block in demoted:
-                store.copy(Tier.DEVICE, block, Tier.HOST, 0)
-                store.copy(Tier.HOST, 0, Tier.DEVICE, block)
+                store.copy([copy_of(Tier.DEVICE, block, Tier.HOST, 0)])
+                store.copy([copy_of(Tier.HOST, 0, Tier.DEVICE, block)])
         assert rotating.take_lost() == ()
 
 
@@ -150,9 +155,9 @@ def test_whole_blocks_go_down_and_come_up_again(tmp_path: Path) -> None:
         for block in (1, DEVICE + 1, DEVICE + HOST + 3):
             row = torch.randint(0, 255, (LAYOUT.block_bytes,), dtype=torch.uint8)
             store._blocks[Tier.HOST][0] = row
-            store.copy(Tier.HOST, 0, Tier.DEVICE, block)
+            store.copy([copy_of(Tier.HOST, 0, Tier.DEVICE, block)])
             store._blocks[Tier.HOST][0] = 0
-            store.copy(Tier.DEVICE, block, Tier.HOST, 1)
+            store.copy([copy_of(Tier.DEVICE, block, Tier.HOST, 1)])
             assert torch.equal(store._blocks[Tier.HOST][1], row)
 
 
@@ -182,10 +187,10 @@ def test_a_flipped_bit_on_disk_is_found(tmp_path: Path) -> None:
         lost = CachedBlock(Tier.DEVICE, block)
         assert rotating.take_lost() == (lost,)
         assert rotating.take_lost() == ()
-        store.copy(Tier.DEVICE, block, Tier.HOST, 1)
+        store.copy([copy_of(Tier.DEVICE, block, Tier.HOST, 1)])
         assert rotating.take_lost() == (), "what was written since is whole"
         rotating._file._backend.write(file, offset, page)
-        store.copy(Tier.DEVICE, block, Tier.HOST, 1)
+        store.copy([copy_of(Tier.DEVICE, block, Tier.HOST, 1)])
         assert set(rotating.take_lost()) == {lost, CachedBlock(Tier.HOST, 1)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from giantserve.request import Request
@@ -56,7 +56,7 @@ class ModelShard:
         }
         self.sequences: dict[int, _Sequence] = {}
         self.queue: deque[StepPlan] = deque()
-        self.num_copies = {Tier.DEVICE: 0, Tier.HOST: 0}
+        self.copied: Counter[CachedBlock] = Counter()
         self.damaged: set[int] = set()
         self.lost: set[CachedBlock] = set()
 
@@ -90,7 +90,7 @@ class ModelShard:
             if copy.source is Tier.DEVICE and copy.source_id in self.damaged:
                 self.lost |= {source, target}
                 self.memory[copy.target][copy.target_id] = dict.fromkeys(content, NONSENSE)
-            self.num_copies[copy.target] += 1
+            self.copied[target] += 1
         assert len({chunk.seq_id for chunk in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
             sequence = self.sequences[chunk.seq_id]

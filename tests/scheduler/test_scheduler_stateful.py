@@ -36,6 +36,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         num_device=st.integers(4, 20),
         num_host=st.integers(0, 10),
+        num_rotating=st.sampled_from([0, 0, 3, 12]),
         block_size=st.integers(1, 4),
         caching=st.booleans(),
         passes=st.integers(1, 3),
@@ -46,13 +47,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self,
         num_device: int,
         num_host: int,
+        num_rotating: int,
         block_size: int,
         caching: bool,
         passes: int,
         max_num_seqs: int,
         max_tokens: int,
     ) -> None:
-        self.pool = BlockPool(num_device, num_host, block_size, caching)
+        self.pool = BlockPool(num_device, num_host, block_size, caching, num_rotating)
         self.config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_tokens,
@@ -66,7 +68,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests: dict[int, Request] = {}
         self.open: set[int] = set()
         self.sampling: set[int] = set()
-        self.shard = ModelShard(num_device, num_host, block_size, self.requests.__getitem__)
+        self.shard = ModelShard(
+            num_device + num_rotating, num_host, block_size, self.requests.__getitem__
+        )
 
     @rule(
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=MAX_MODEL_LEN),
@@ -110,7 +114,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.open.add(seq_id)
         except InvalidRequestError:
             length = len(request.prompt_token_ids)
-            capacity = self.pool.num_device_blocks * self.pool.block_size
+            capacity = self.pool.num_active_blocks * self.pool.block_size
             longest = min(length + max_tokens, MAX_MODEL_LEN)
             assert length + 1 > MAX_MODEL_LEN or longest - 1 > capacity
         except QueueFullError:
@@ -229,11 +233,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             raise AssertionError("the scheduler does not come to an end")
         assert not self.open
         assert not self.shard.sequences, "the shards keep state of ended sequences"
-        assert self.pool.num_free_device_blocks == self.pool.num_device_blocks
+        assert self.pool.num_free_active_blocks == self.pool.num_active_blocks
         assert self.pool.num_free_host_blocks == self.pool.num_host_blocks
-        self.totals.update(
-            {f"to {tier.value}": count for tier, count in self.shard.num_copies.items()}
-        )
+        for (tier, block_id), count in self.shard.copied.items():
+            beyond = tier is Tier.DEVICE and block_id >= self.pool.num_device_blocks
+            self.totals["to rotating" if beyond else f"to {tier.value}"] += count
 
     def _check_output(self, request: Request) -> None:
         """Scheduling must not show: the tokens are those of the request alone."""
@@ -254,6 +258,7 @@ EVENTS = (
     "aborted on host",
     "to host",
     "to device",
+    "to rotating",
     "lost",
     "computed again",
 )
