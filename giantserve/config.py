@@ -13,6 +13,7 @@ class EngineConfig:
     ``layer_split`` is the number of layers of each pipeline stage.
     ``prompt_tokens`` to ``tpot_limit_s`` are what the planner is to expect, a `partition.Workload`;
     ``objective`` is the name of a `partition.Objective`: what its plan is to be best at.
+    ``prefix_memory`` is NVMe for cached prefixes, which then outlive the engine.
     ``storage_backend`` is "posix", "deepnvme" or the faster ("auto").
     ``trace`` is a file that the engine's end writes: what moved and what computed when.
     """
@@ -22,6 +23,7 @@ class EngineConfig:
     host_memory: int | None = None
     nvme_dir: Path | None = None
     nvme_memory: int | None = None
+    prefix_memory: int | None = None
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
     expert_parallel: bool | None = None

@@ -126,6 +126,7 @@ class Engine:
             time.monotonic,
         )
         self._executor: Executor = make_executor(self.config, self.plan, on_progress, launcher)
+        self._pool.adopt(self._executor.kept)
         self._ids = itertools.count(1)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tickets: dict[str, _Ticket] = {}
@@ -245,12 +246,27 @@ class Engine:
                 self._fail_expired()
                 self._fail_lost()
                 self._answer_stats()
+            self._keep_prefixes()
             self._end(EngineDeadError("the engine was closed"))
         except GiantserveError as error:
             self._end(error)
         except Exception as error:
             logger.exception("the engine failed")
             self._end(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
+
+    def _keep_prefixes(self) -> None:
+        """Leave cached KV to a later engine, if the config says so."""
+        if self.config.prefix_memory is None:
+            return
+        while self._in_flight:
+            for result in self._executor.results(None):
+                self._in_flight -= 1
+                self._take(result)
+        for seq_id in self._by_sequence:
+            self._scheduler.abort(seq_id)
+        plan = self.plan
+        hashes = self._pool.keep(plan.num_device_blocks + plan.num_rotating_host_blocks)
+        self._executor.keep(self._pool.take_copies(), hashes)
 
     def _drain_inbox(self) -> None:
         while True:
@@ -263,7 +279,7 @@ class Engine:
     def _fill_pipeline(self) -> None:
         while (plan := self._scheduler.schedule()) is not None:
             self._executor.submit(plan)
-            self.counters.passes += 1
+            self.counters.passes += bool(plan.chunks)  # one without only tells what to drop
             self._in_flight += 1
 
     def _admit(

@@ -87,6 +87,7 @@ _BY_NAME: dict[str, Callable[[Any], Any]] = {
     "device_memory": parse_bytes,
     "host_memory": parse_bytes,
     "nvme_memory": parse_bytes,
+    "prefix_memory": parse_bytes,
     "tensor_parallel": parse_positive,
     "pipeline_parallel": parse_positive,
     "layer_split": parse_counts,

@@ -20,6 +20,7 @@ from partition import (
     PartitionPlan,
     Workload,
 )
+from partition.byte_size import format_bytes
 from partition.calibration import default_cache_folder
 from partition.machine import Machine
 from partition.problem import PlanningProblem
@@ -111,6 +112,12 @@ def _here(config: EngineConfig) -> tuple[EngineConfig, PlanningProblem]:
     profile = _profile(config)
     calibration = calibrate(folder, device, profile.dtype)
     budget = _budget(config, machine, device, num_devices)
+    if config.prefix_memory is not None and config.prefix_memory > budget.nvme_bytes:
+        raise ConfigError(
+            f"prefix_memory is {format_bytes(config.prefix_memory)}, but a shard may use "
+            f"{format_bytes(budget.nvme_bytes)} of the disk of {folder}; lower prefix_memory, "
+            "raise nvme_memory or give another nvme_dir"
+        )
     cluster = cluster_of(calibration, num_devices, budget)
     backend = config.storage_backend
     config = replace(
@@ -151,6 +158,7 @@ def _problem(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             block_size=config.block_size or (PAGE_MULTIPLE if device == "cuda" else CPU_BLOCK_SIZE),
+            prefix_memory=config.prefix_memory,
         ),
     )
 

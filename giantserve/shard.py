@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from giantserve.shard_spec import ShardSpec
 from giantserve.shard_weights import ShardWeights, plan_profile
 from giantserve.step import NewSequence, SampledToken, SequenceChunk, StepPlan, StepResult
 from kvcache.arena import Arena
+from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import CachedBlock
 from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore
@@ -26,7 +27,7 @@ from kvcache.tier import Tier
 from kvcache.trace import Trace
 from kvcache.transfer_stats import Link, LinkTotals
 from kvcache.weights import WeightManager
-from partition.profile import ModelProfile, UnitKind
+from partition.profile import UnitKind
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done and bytes in all."""
@@ -75,8 +76,17 @@ class Shard:
             num_device_blocks=plan.num_device_blocks,
             num_host_blocks=plan.num_host_blocks,
         )
-        self._rotation = self._make_rotation(spec)
-        self._weights = self._load_weights(spec, config, profile, tensor_parallel, progress)
+        source = ShardWeights(
+            plan,
+            spec.rank,
+            config,
+            profile,
+            tensor_parallel.world,
+            spec.nvme_dir,
+            spec.storage_backend,
+        )
+        self._rotation = self._make_rotation(spec, source.key)
+        self._weights = self._load_weights(source, progress)
         resident = {p.unit for p in self._shard.placements if p.tier is Tier.DEVICE}
         self._model.attach(
             self._weights, self._kv, resident, self.device_arena, self._rotation, self._trace
@@ -86,7 +96,7 @@ class Shard:
         self._busy_s = 0.0
         self._passes = 0
 
-    def _make_rotation(self, spec: ShardSpec) -> KVRotation | None:
+    def _make_rotation(self, spec: ShardSpec, key: str) -> KVRotation | None:
         plan = self._plan
         if plan.num_active_blocks == plan.num_device_blocks:
             return None
@@ -101,28 +111,13 @@ class Shard:
             device_arena=self.device_arena,
             host_arena=self.host_arena,
             folder=None if spec.nvme_dir is None else spec.nvme_dir / "kv",
+            kept_as=key if spec.keeps_prefixes else None,
             trace=self._trace,
         )
         self._kv.extend(rotation)
         return rotation
 
-    def _load_weights(
-        self,
-        spec: ShardSpec,
-        config: Any,
-        profile: ModelProfile,
-        group: TensorParallel,
-        progress: Progress,
-    ) -> WeightManager:
-        source = ShardWeights(
-            spec.plan,
-            spec.rank,
-            config,
-            profile,
-            group.world,
-            spec.nvme_dir,
-            spec.storage_backend,
-        )
+    def _load_weights(self, source: ShardWeights, progress: Progress) -> WeightManager:
         total = sum(p.num_bytes for p in self._shard.placements)
         done = 0
 
@@ -181,6 +176,18 @@ class Shard:
         """The blocks lost since the last call: the passes since then computed nonsense from
         them."""
         return () if self._rotation is None else self._rotation.take_lost()
+
+    @property
+    def kept(self) -> dict[int, bytes]:
+        """The content of the blocks that an earlier shard of this kind kept, oldest use first."""
+        return {} if self._rotation is None else self._rotation.kept
+
+    def keep(self, copies: Sequence[BlockCopy], hashes: Mapping[int, bytes]) -> None:
+        """Run ``copies``, and leave the content of these NVMe blocks to a later shard."""
+        self._kv.copy(copies)
+        if self._rotation is not None:
+            lost = {block.block_id for block in self._rotation.take_lost()}
+            self._rotation.keep({b: found for b, found in hashes.items() if b not in lost})
 
     def _compute(self, plan: StepPlan) -> tuple[tuple[SampledToken, ...], dict[int, Any]] | None:
         specs = []

@@ -11,7 +11,8 @@ from partition.plan import PartitionPlan
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSpec:
     """Rank ``rank`` of ``plan``. ``nvme_dir`` holds the shard store; ``device`` is a torch
-    device. ``trace``: it keeps spans of what it does."""
+    device. ``trace``: it keeps spans of what it does. ``keeps_prefixes``: cached KV on NVMe
+    outlives it."""
 
     plan: PartitionPlan
     rank: int
@@ -20,4 +21,5 @@ class ShardSpec:
     num_threads: int
     trust_remote_code: bool = False
     trace: bool = False
+    keeps_prefixes: bool = False
     storage_backend: str = "posix"

@@ -63,6 +63,19 @@ class ShardWeights:
                 ranges = parameter.ranges(heads, rank, self._world)
                 self._source.fill(slot.name, parameter.rule.dim, ranges, out)
 
+    @property
+    def key(self) -> str:
+        """Names exactly which part of which weights the rank holds."""
+        kind = "ep" if self._plan.expert_parallel else "tp"
+        return "-".join(
+            (
+                self._checkpoint.fingerprint[:16],
+                self._plan.dtype,
+                f"{kind}{self._shard.tp_rank}of{self._world}",
+                f"layers{self._stage.first_layer}to{self._stage.end_layer}",
+            )
+        )
+
     def open_store(self) -> ShardStore | None:
         """The store of what the plan keeps on NVMe, whether it is written or not; None: nothing.
 
@@ -72,16 +85,7 @@ class ShardWeights:
             return None
         if self._nvme_dir is None:
             raise ConfigError("the plan keeps weights on NVMe, but no nvme_dir was given")
-        kind = "ep" if self._plan.expert_parallel else "tp"
-        key = "-".join(
-            (
-                self._checkpoint.fingerprint[:16],
-                self._plan.dtype,
-                f"{kind}{self._shard.tp_rank}of{self._world}",
-                f"layers{self._stage.first_layer}to{self._stage.end_layer}",
-            )
-        )
-        return ShardStore(self._nvme_dir / "weights", key, backend=self._storage_backend)
+        return ShardStore(self._nvme_dir / "weights", self.key, backend=self._storage_backend)
 
     def pack(self, progress: Callable[[int], None]) -> Path | None:
         """Write the store, unless it is there, and return its file (None: the plan keeps nothing

@@ -223,6 +223,38 @@ class BlockPool:
             blocks.forget(place)
         return found
 
+    def adopt(self, contents: Mapping[int, bytes]) -> None:
+        """Rotating blocks, all blank, that hold content from before, oldest use first."""
+        for block_id, block_hash in contents.items():
+            self._rotating.put(block_id - self.num_device_blocks, block_hash)
+
+    def keep(self, first: int) -> dict[int, bytes]:
+        """Bring cached content to the rotating blocks from ``first`` on, what was used last first,
+        as far as they have room; nobody may hold a block.
+
+        Returns what they hold, oldest use first.
+        """
+        start = first - self.num_device_blocks
+        places = [(place, h) for place, h in self._rotating.free_blocks() if place >= start]
+        stays = {block_hash for _, block_hash in places}
+        rising = [(Tier.DEVICE, self.num_device_blocks, self._rotating), (Tier.HOST, 0, self._host)]
+        moving: dict[bytes, CachedBlock] = {}
+        for tier, offset, blocks in (*rising, (Tier.DEVICE, 0, self._device)):
+            for place, block_hash in blocks.free_blocks():
+                if block_hash is not None and block_hash not in stays:
+                    moving.pop(block_hash, None)
+                    moving[block_hash] = CachedBlock(tier, offset + place)
+        chosen = list(moving.items())[-len(places) :] if places else []
+        targets = [place for place, _ in places[: len(chosen)]]
+        for place, (block_hash, source) in zip(targets, chosen, strict=True):
+            self._copy(source, CachedBlock(Tier.DEVICE, self.num_device_blocks + place))
+            self._rotating.put(place, block_hash)
+        return {
+            self.num_device_blocks + place: block_hash
+            for place, block_hash in self._rotating.free_blocks()
+            if block_hash is not None and place >= start
+        }
+
     def take_copies(self) -> tuple[BlockCopy, ...]:
         """The copies ordered since the last call; the caller now owes their execution, in order."""
         copies, self._copies = tuple(self._copies), []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ import torch
 from kvcache.arena import ALIGNMENT, Arena
 from kvcache.block_pool import CachedBlock
 from kvcache.checksum import PieceChecksum
+from kvcache.kept_index import KeptIndex
 from kvcache.kv_file import KVFile
 from kvcache.kv_store import KVStore, KVViews, layer_views
 from kvcache.micro_batch import NUM_BUFFERS, MicroBatch
@@ -84,10 +85,12 @@ class KVRotation:
         device_arena: Arena,
         host_arena: Arena,
         folder: Path | None,
+        kept_as: str | None = None,
         trace: Trace | None = None,
     ) -> None:
         """``num_slots`` pieces fit into each of the `NUM_BUFFERS` buffers on the device. NVMe
-        blocks lie in a file in ``folder``. Raises what `KVFile` raises, and TierFullError."""
+        blocks lie in a file in ``folder``, whose content `keep` leaves to a later process where it
+        is ``kept_as`` a name. Raises what `KVFile` raises, and TierFullError."""
         self._store = store
         layout = store.layout
         self._pieces = [layout.piece(index) for index in range(len(layout.layers))]
@@ -111,9 +114,15 @@ class KVRotation:
         if num_nvme_blocks:
             assert folder is not None, "NVMe blocks need a folder"
             backend = PosixBackend(chunk_bytes=CHUNK_BYTES)
-            self._file = KVFile(folder, self._strides, num_nvme_blocks, backend)
+            self._file = KVFile(folder, self._strides, num_nvme_blocks, backend, kept_as)
         self._checks = [PieceChecksum(stride) for stride in self._strides]
         self._sums = torch.zeros(len(self._strides), num_nvme_blocks, dtype=torch.int64)
+        self.kept: dict[int, bytes] = {}
+        """The content of blocks that an earlier process kept, oldest use first."""
+        if self._file is not None:
+            index = self._file.kept()
+            self._sums = index.sums
+            self.kept = {self._first_nvme + place: h for place, h in index.hashes.items()}
         self.transfers = TransferStats(trace)
         self._jobs: list[_Job] = []
         self._at = 0
@@ -194,8 +203,14 @@ class KVRotation:
             self._drop_tail(block)
         self._move(blocks, rows, write=True)
 
+    def keep(self, hashes: Mapping[int, bytes]) -> None:
+        """Leave the content of these NVMe blocks, oldest use first, to a later process."""
+        if self._file is not None:
+            places = {block - self._first_nvme: found for block, found in hashes.items()}
+            self._file.keep(KeptIndex(places, self._sums))
+
     def close(self) -> None:
-        """Give the disk space back. Idempotent."""
+        """Give the disk space back, unless it is kept. Idempotent."""
         if self._file is not None:
             self._file.close()
 

@@ -98,7 +98,6 @@ class KVStore:
         )
 
     def _run(self, from_rotation: bool, to_rotation: bool, copies: list[BlockCopy]) -> None:
-        assert not (from_rotation and to_rotation), "a copy goes to or from memory"
         rotation = self._rotation
         for copy in copies:
             source, target = copy.source, copy.target
@@ -107,7 +106,13 @@ class KVStore:
             if to_rotation and rotation is not None:
                 target = rotation.tier_of(copy.target_id)
             self.bytes_copied[source, target] += self.layout.block_bytes
-        if from_rotation:
+        if from_rotation and to_rotation:
+            assert rotation is not None
+            row = torch.empty(self.layout.block_bytes, dtype=torch.uint8)
+            for copy in copies:
+                rotation.save([copy.source_id], [row], [CachedBlock(copy.target, copy.target_id)])
+                rotation.restore([row], [copy.target_id])
+        elif from_rotation:
             assert rotation is not None
             rows = [self._blocks[copy.target][copy.target_id] for copy in copies]
             targets = [CachedBlock(copy.target, copy.target_id) for copy in copies]

@@ -81,6 +81,20 @@ class TierBlocks:
         if block_id in self._idle:
             self._idle.move_to_end(block_id)
 
+    def put(self, block_id: int, block_hash: bytes) -> None:
+        """Give a free block this content, as the most recently used, unless another offers it."""
+        assert self._references[block_id] == 0, f"block {block_id} is held"
+        self.forget(block_id)
+        if block_hash not in self._by_hash:
+            self._blank.remove(block_id)
+            self._hashes[block_id] = block_hash
+            self._by_hash[block_hash] = block_id
+            self._idle[block_id] = None
+
+    def free_blocks(self) -> list[tuple[int, bytes | None]]:
+        """The free blocks with their content, in the order in which `take` gives them."""
+        return [(block_id, self._hashes[block_id]) for block_id in (*self._blank, *self._idle)]
+
     def forget(self, block_id: int) -> None:
         """Make the content of a block, if it has any, unfindable: it is worthless."""
         block_hash = self._hashes[block_id]

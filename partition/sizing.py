@@ -49,6 +49,12 @@ class Sizing:
     piece_bytes: int = 0
 
     @property
+    def num_active_blocks(self) -> int:
+        """Blocks for running sequences, wherever they lie."""
+        beyond = self.num_rotating_host_blocks + self.num_rotating_nvme_blocks
+        return self.num_device_blocks + beyond
+
+    @property
     def num_blocks_on_host(self) -> int:
         return self.num_host_blocks + self.num_rotating_host_blocks + self.num_tail_blocks
 
@@ -122,20 +128,35 @@ def sizings(
             kv_share=kv_share,
         )
 
-    blocks = most
-    while True:
-        blocks = max(blocks, least.num_device_blocks)
-        yield sized(blocks, 0.5 if blocks > least.num_device_blocks else None)
-        if blocks == least.num_device_blocks:
-            break
-        blocks //= 2
     piece_bytes = max(
         page_rounded(whole.piece(layer).num_bytes) for layer in range(len(whole.layers))
     )
+    on_nvme_bytes = piece_bytes * math.ceil(profile.num_layers / stages)
+    for_prefixes = (constraints.prefix_memory or 0) // on_nvme_bytes
     longest = math.ceil((constraints.max_model_len or context) / constraints.block_size)
     slots = max(longest, device_bytes // ROTATION_SHARE // (NUM_BUFFERS * piece_bytes))
+
+    def rotating(made: Sizing) -> Sizing:
+        used = min(slots, made.num_active_blocks)
+        return replace(
+            made,
+            max_model_len=min(made.max_model_len, used * constraints.block_size),
+            num_rotation_slots=used,
+            piece_bytes=piece_bytes,
+        )
+
+    blocks = most
+    while True:
+        blocks = max(blocks, least.num_device_blocks)
+        made = sized(blocks, 0.5 if blocks > least.num_device_blocks else None)
+        if for_prefixes:
+            made = rotating(replace(made, num_rotating_nvme_blocks=for_prefixes))
+        yield made
+        if blocks == least.num_device_blocks:
+            break
+        blocks //= 2
     host_room = budget.host_bytes // 2 // block_bytes
-    nvme_room = budget.nvme_bytes // 2 // (piece_bytes * math.ceil(profile.num_layers / stages))
+    nvme_room = budget.nvme_bytes // 2 // on_nvme_bytes
     for part in DEVICE_KV_PARTS:
         on_device = max(least.num_device_blocks, most // part)
         beyond = max(0, most - on_device)
@@ -145,20 +166,16 @@ def sizings(
         total = on_device + on_host + on_nvme
         if total < longest or total == on_device:
             continue
-        made = sized(total, 0.5)
-        used = min(slots, total)
-        yield replace(
-            made,
+        made = replace(
+            sized(total, 0.5),
             num_device_blocks=on_device,
             num_host_blocks=min(host_blocks, budget.host_bytes // block_bytes - on_host - tails)
             // 2,
-            max_model_len=min(made.max_model_len, used * constraints.block_size),
             num_rotating_host_blocks=on_host,
-            num_rotating_nvme_blocks=on_nvme,
-            num_rotation_slots=used,
+            num_rotating_nvme_blocks=on_nvme + for_prefixes,
             num_tail_blocks=tails,
-            piece_bytes=piece_bytes,
         )
+        yield rotating(made)
 
 
 def least_sizing(profile: ModelProfile, width: int, constraints: Constraints) -> Sizing:

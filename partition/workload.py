@@ -46,7 +46,8 @@ class Objective(enum.Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
     """What the user has fixed; None leaves it to the planner. ``layer_split`` is the number of
-    layers of each stage in turn."""
+    layers of each stage in turn; ``prefix_memory`` bytes of each shard's NVMe are for cached
+    prefixes, beside what running sequences need."""
 
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
@@ -56,6 +57,7 @@ class Constraints:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int = 16
+    prefix_memory: int | None = None
 
     def __post_init__(self) -> None:
         _positive(self)

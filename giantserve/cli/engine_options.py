@@ -40,6 +40,13 @@ class EngineOptions:
     nvme_memory: Annotated[
         str | None, typer.Option(help="Disk bytes per shard, e.g. 200GiB.", rich_help_panel=PLACE)
     ] = None
+    prefix_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Disk bytes per shard for cached prefixes, kept across restarts, e.g. 20GiB.",
+            rich_help_panel=PLACE,
+        ),
+    ] = None
     tensor_parallel: Annotated[
         int | None, typer.Option(min=1, help="Shards per layer.", rich_help_panel=PLACE)
     ] = None

@@ -19,6 +19,8 @@ from giantserve.errors import EngineDeadError
 from giantserve.executor.messages import (
     Failure,
     Hello,
+    Keep,
+    Kept,
     LoadProgress,
     PassDone,
     Ready,
@@ -32,6 +34,7 @@ from giantserve.executor.messages import (
 from giantserve.executor.worker_socket import set_no_delay
 from giantserve.shard_spec import ShardSpec
 from giantserve.step import StepPlan, StepResult
+from kvcache.block_copy import BlockCopy
 
 CONNECT_TIMEOUT_S = 120.0
 ProgressCallback = Callable[[int, LoadProgress], None]
@@ -50,6 +53,8 @@ class Executor(ABC):
         self._traces = specs[0].trace
         self.spans: dict[int, list[dict[str, Any]]] = {}
         """By rank what it did when, once the workers have ended."""
+        self.kept: dict[int, bytes] = {}
+        """The content of the KV blocks that earlier workers left on all shards alike."""
         self._confirms = specs[0].plan.num_rotating_nvme_blocks > 0
         self._done: dict[int, list[PassDone]] = defaultdict(list)
         self._arrived: list[StepResult] = []
@@ -113,14 +118,21 @@ class Executor(ABC):
             self._connections[spec.rank].send(
                 Setup(spec=spec, host=hosts[spec.rank], rendezvous=rendezvous)
             )
+        kept = {}
         loading = set(self._connections)
         while loading:
             for rank in self._readable(loading, None):
                 message = self._receive(rank)
                 if isinstance(message, Ready):
                     loading.discard(rank)
+                    kept[rank] = message.kept
                 elif isinstance(message, LoadProgress):
                     on_progress(rank, message)
+        self.kept = {
+            block: found
+            for block, found in kept[0].items()
+            if all(each.get(block) == found for each in kept.values())
+        }
 
     def _readable(self, ranks: set[int], timeout_s: float | None) -> list[int]:
         by_connection = {self._connections[rank]: rank for rank in ranks}
@@ -200,6 +212,17 @@ class Executor(ABC):
     def stats(self) -> dict[int, dict[str, Any]] | None:
         """The counters by rank, once all shards have answered."""
         return self._stats if len(self._stats) == len(self._connections) else None
+
+    def keep(self, copies: tuple[BlockCopy, ...], hashes: dict[int, bytes]) -> None:
+        """Have all shards leave these KV blocks to later workers; waits until they have.
+
+        Raises what a shard failed with, or EngineDeadError where one is gone.
+        """
+        for connection in self._connections.values():
+            connection.send(Keep(copies=copies, hashes=hashes))
+        for rank in self._connections:
+            while not isinstance(self._receive(rank), Kept):
+                continue
 
     def _collect_spans(self) -> None:
         """What the workers send before they go; nothing of one that is gone."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from giantserve.shard_spec import ShardSpec
+from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import CachedBlock
 
 
@@ -47,7 +48,10 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The worker's shard is loaded."""
+    """The worker's shard is loaded. ``kept`` is the content of the KV blocks that an earlier
+    process left, oldest use first."""
+
+    kept: dict[int, bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,20 @@ class Stats:
 
     rank: int
     values: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """Run these copies, and leave the content of these KV blocks, oldest use first, to a later
+    process; a worker answers with `Kept`."""
+
+    copies: tuple[BlockCopy, ...]
+    hashes: dict[int, bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """The worker has done what `Keep` asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,7 @@ def shard_specs(config: EngineConfig, plan: PartitionPlan) -> list[ShardSpec]:
             num_threads=config.threads_per_shard or max(1, cores // count),
             trust_remote_code=config.trust_remote_code,
             trace=config.trace is not None,
+            keeps_prefixes=config.prefix_memory is not None,
             storage_backend=config.storage_backend,
         )
         for rank in range(count)

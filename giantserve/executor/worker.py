@@ -18,6 +18,8 @@ from giantserve.errors import EngineDeadError, GiantserveError
 from giantserve.executor.messages import (
     Failure,
     Hello,
+    Keep,
+    Kept,
     LoadProgress,
     PassDone,
     Ready,
@@ -49,7 +51,7 @@ def run_worker(address: tuple[str, int], authkey: bytes, rank: int) -> None:
         setup: Setup = connection.recv()
         torch.set_num_threads(setup.spec.num_threads)
         shard = _become(setup, connection)
-        connection.send(Ready())
+        connection.send(Ready(kept=shard.kept))
         _serve(shard, connection, rank)
     except (EOFError, ConnectionError):
         pass  # the engine is gone, and with it the reason to live
@@ -151,6 +153,9 @@ def _serve(shard: Shard, connection: Connection[Any, Any], rank: int) -> None:
                 connection.send(result)
         elif isinstance(message, StatsRequest):
             connection.send(Stats(rank=rank, values=shard.stats()))
+        elif isinstance(message, Keep):
+            shard.keep(message.copies, message.hashes)
+            connection.send(Kept())
         elif isinstance(message, Stop):
             if shard.keeps_trace:
                 connection.send(Spans(spans=shard.spans()))

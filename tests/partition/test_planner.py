@@ -177,7 +177,7 @@ def test_plans_never_exceed_a_budget(
             made.tensor_parallel,
         ).block_bytes
         assert shard.device_kv_bytes == made.num_device_blocks * block
-        host_blocks = made.num_host_blocks + made.num_rotating_host_blocks
+        host_blocks = made.num_host_blocks + made.num_rotating_host_blocks + made.num_tail_blocks
         assert shard.host_kv_bytes == host_blocks * block
         for tier in Tier:
             used = shard.used_bytes(tier)
