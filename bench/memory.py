@@ -1,5 +1,8 @@
 """What the memory manager moves, against what it must: exact counters and paired timings.
 
+python bench/memory.py line      90 % of the weights on NVMe: a decode pass against reading the same
+                                 bytes and nothing else, and that against O_DIRECT reads at their
+                                 best block size
 python bench/memory.py bytes     disk bytes a pass at 10, 50 and 90 % of the weights resident,
                                  against the bytes that are not
 python bench/memory.py rotation  128 running sequences with device blocks for 8, the others' KV on
@@ -28,7 +31,8 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from offline import decode_rate, prompts, streamed_plan
+from direct_reads import best_settings, read_rate
+from offline import decode_rate, io_loop, newest_store, prompts, streamed_plan
 from report import header, spread
 from shapes import write_checkpoint
 
@@ -62,6 +66,44 @@ MIXTURE = {
     "tie_word_embeddings": False,
 }
 LONG_REQUESTS, LONG_TOKENS, LONG_SPREAD_S = 2000, 24, 5.0
+
+
+def line(folder: Path, rounds: int) -> None:
+    """Passes, I/O-only passes and plain reads in turns."""
+    path = write_checkpoint(SHAPE, folder)
+    nvme_dir = folder / "nvme-streamed"
+    plan = streamed_plan(path, nvme_dir, 0.9)
+    moved = sum(
+        p.num_bytes
+        for p in plan.shards[0].placements
+        if p.tier is Tier.NVME and p.unit != "embedding"
+    )
+    print(header("Line rate of a decode pass"))
+    with LLM(path, plan=plan, nvme_dir=nvme_dir, max_model_len=512) as llm:
+        read, weights = io_loop(plan, nvme_dir), newest_store(nvme_dir)
+        read()
+        block_bytes, depth = best_settings(weights, moved)
+        print(f"{moved / 1e9:.2f} GB read a pass; O_DIRECT reads are fastest with {depth} blocks ")
+        print(f"of {block_bytes >> 20} MiB in flight\n")
+        print(
+            "| batch | pass s | I/O only s | plain reads s | pass / I/O only | I/O only / plain |"
+        )
+        print("|---|---|---|---|---|---|")
+        for batch in (1, 8, 64):
+            rows = []
+            for _ in range(rounds):
+                plain = moved / read_rate(weights, moved, block_bytes, depth)
+                io_only = statistics.median(read() for _ in range(3))
+                rate, _ = decode_rate(llm, batch, 9, prompt_tokens=16)
+                rows.append((batch / rate, io_only, plain))
+            columns = [spread([row[index] for row in rows]) for index in range(3)]
+            ratios = [[a / b for a, b, _ in rows], [b / c for _, b, c in rows]]
+            print(
+                f"| {batch} | {' | '.join(columns)} "
+                f"| {' | '.join(spread(each, 2) for each in ratios)} |",
+                flush=True,
+            )
+    print("\n(targets: at most 1.05 each)")
 
 
 def moved_bytes(folder: Path, rounds: int) -> None:
@@ -460,6 +502,7 @@ def reference_tokens(path: Path, known: list[list[int]], count: int) -> list[lis
 MODES = {
     "experts": experts,
     "long": long,
+    "line": line,
     "bytes": moved_bytes,
     "rotation": rotation,
     "prefix": prefix,

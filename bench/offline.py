@@ -156,18 +156,24 @@ def streamed_plan(path: Path, nvme_dir: Path, share: float) -> PartitionPlan:
     return replace(plan, stages=(stage,), num_device_blocks=KV_BLOCKS)
 
 
+def newest_store(nvme_dir: Path) -> Path:
+    """The weights that were packed last."""
+    indices = (nvme_dir / "weights").glob("*.json")
+    return max(indices, key=lambda path: path.stat().st_mtime).with_suffix(".weights")
+
+
 def io_loop(plan: PartitionPlan, nvme_dir: Path) -> Callable[[], float]:
     """A function that reads the plan's streamed units once, as fast as the backend goes;
     seconds."""
-    index_path = max((nvme_dir / "weights").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    index = json.loads(index_path.read_text())
+    weights = newest_store(nvme_dir)
+    index = json.loads(weights.with_suffix(".json").read_text())
     units = {unit["name"]: unit for unit in index["units"]}
     names = [
         p.unit for p in plan.shards[0].placements if p.tier is Tier.NVME and p.unit != "embedding"
     ]
     extents = [(units[name]["offset"], units[name]["num_bytes"]) for name in names]
     backend = BACKENDS["posix"]()
-    file = backend.open(index_path.with_suffix(".weights"))
+    file = backend.open(weights)
     arena = Arena(Tier.DEVICE, 4 * max(size for _, size in extents), torch.device("cpu"))
     buffers = [arena.allocate(max(size for _, size in extents)) for _ in range(4)]
 

@@ -13,7 +13,8 @@ class EngineConfig:
     ``layer_split`` is the number of layers of each pipeline stage.
     ``prompt_tokens`` to ``tpot_limit_s`` are what the planner is to expect, a `partition.Workload`;
     ``objective`` is the name of a `partition.Objective`: what its plan is to be best at.
-    ``prefix_memory`` is NVMe for cached prefixes, which then outlive the engine.
+    ``prefix_memory`` is NVMe for cached prefixes, which then outlive the engine;
+    ``tenant_prefix_share`` is how much of each tier the cached prefixes of one tenant may fill.
     ``storage_backend`` is "posix", "deepnvme" or the faster ("auto").
     ``trace`` is a file that the engine's end writes: what moved and what computed when.
     """
@@ -42,6 +43,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     block_size: int | None = None
     enable_prefix_caching: bool = True
+    tenant_prefix_share: float = 1.0
     max_queued_requests: int = 1024
     served_model_name: str | None = None
     trust_remote_code: bool = False

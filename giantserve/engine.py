@@ -112,6 +112,7 @@ class Engine:
             self.plan.block_size,
             config.enable_prefix_caching,
             self.plan.num_rotating_host_blocks + self.plan.num_rotating_nvme_blocks,
+            config.tenant_prefix_share,
         )
         self._scheduler = Scheduler(
             SchedulerConfig(

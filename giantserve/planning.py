@@ -188,6 +188,10 @@ def _check(config: EngineConfig) -> None:
             f'storage_backend "{config.storage_backend}" is unknown; use "auto", "posix" or '
             '"deepnvme"'
         )
+    if not 0 < config.tenant_prefix_share <= 1:
+        raise ConfigError(
+            f"tenant_prefix_share is {config.tenant_prefix_share}; it must be above 0 and at most 1"
+        )
     for name in ("max_queued_requests", "block_size", "threads_per_shard"):
         value = getattr(config, name)
         if value is not None and value < 1:

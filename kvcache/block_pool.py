@@ -41,7 +41,9 @@ class BlockPool:
         block_size: int,
         enable_prefix_caching: bool = True,
         num_rotating_blocks: int = 0,
+        tenant_share: float = 1.0,
     ) -> None:
+        """``tenant_share``: of each tier's blocks, how many cached ones may be of one tenant."""
         if num_device_blocks < 1 or min(num_host_blocks, num_rotating_blocks) < 0 or block_size < 1:
             raise ValueError(
                 f"a pool of {num_device_blocks} device, {num_host_blocks} host and "
@@ -51,9 +53,9 @@ class BlockPool:
         self.num_device_blocks = num_device_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._device = TierBlocks(num_device_blocks)
-        self._rotating = TierBlocks(num_rotating_blocks)
-        self._host = TierBlocks(num_host_blocks)
+        self._device = TierBlocks(num_device_blocks, tenant_share)
+        self._rotating = TierBlocks(num_rotating_blocks, tenant_share)
+        self._host = TierBlocks(num_host_blocks, tenant_share)
         self._copies: list[BlockCopy] = []
 
     @property

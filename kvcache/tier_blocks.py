@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 
+from kvcache.block_hash import tenant_of
+
 
 class TierBlocks:
     """Ref-counted blocks 0 to ``num_blocks - 1`` with a map from content hash to block.
@@ -14,8 +16,12 @@ class TierBlocks:
     hash.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, tenant_share: float = 1.0) -> None:
+        """The idle blocks of one tenant are at most ``tenant_share`` of all, and one at least: with
+        one more, the one it used longest ago goes blank."""
         self.num_blocks = num_blocks
+        self._tenant_limit = max(1, int(num_blocks * tenant_share))
+        self._tenants: dict[bytes, OrderedDict[int, None]] = {}
         self._references = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
@@ -51,9 +57,11 @@ class TierBlocks:
         if self._blank:
             block_id, lost = self._blank.popleft(), None
         elif self._idle:
-            block_id, _ = self._idle.popitem(last=False)
-            lost, self._hashes[block_id] = self._hashes[block_id], None
+            block_id = next(iter(self._idle))
+            lost = self._hashes[block_id]
             assert lost is not None
+            self._leave_idle(block_id)
+            self._hashes[block_id] = None
             del self._by_hash[lost]
         else:
             raise IndexError(f"all {self.num_blocks} blocks are held")
@@ -63,7 +71,7 @@ class TierBlocks:
     def hold(self, block_id: int) -> None:
         """One more holder of a block that is held or idle."""
         if self._references[block_id] == 0:
-            del self._idle[block_id]
+            self._leave_idle(block_id)
         self._references[block_id] += 1
 
     def release(self, block_id: int) -> None:
@@ -74,12 +82,13 @@ class TierBlocks:
             if self._hashes[block_id] is None:
                 self._blank.append(block_id)
             else:
-                self._idle[block_id] = None
+                self._become_idle(block_id)
 
     def touch(self, block_id: int) -> None:
         """Make a block the most recently used, if it is idle."""
         if block_id in self._idle:
-            self._idle.move_to_end(block_id)
+            self._leave_idle(block_id)
+            self._become_idle(block_id)
 
     def put(self, block_id: int, block_hash: bytes) -> None:
         """Give a free block this content, as the most recently used, unless another offers it."""
@@ -89,7 +98,7 @@ class TierBlocks:
             self._blank.remove(block_id)
             self._hashes[block_id] = block_hash
             self._by_hash[block_hash] = block_id
-            self._idle[block_id] = None
+            self._become_idle(block_id)
 
     def free_blocks(self) -> list[tuple[int, bytes | None]]:
         """The free blocks with their content, in the order in which `take` gives them."""
@@ -100,11 +109,11 @@ class TierBlocks:
         block_hash = self._hashes[block_id]
         if block_hash is None:
             return
+        if block_id in self._idle:
+            self._leave_idle(block_id)
+            self._blank.append(block_id)
         self._hashes[block_id] = None
         del self._by_hash[block_hash]
-        if block_id in self._idle:
-            del self._idle[block_id]
-            self._blank.append(block_id)
 
     def register(self, block_id: int, block_hash: bytes) -> None:
         """Make the content of a held block findable, unless another block offers the same."""
@@ -112,6 +121,26 @@ class TierBlocks:
         if block_hash not in self._by_hash and self._hashes[block_id] is None:
             self._hashes[block_id] = block_hash
             self._by_hash[block_hash] = block_id
+
+    def _become_idle(self, block_id: int) -> None:
+        self._idle[block_id] = None
+        own = self._tenants.setdefault(self._tenant(block_id), OrderedDict())
+        own[block_id] = None
+        if len(own) > self._tenant_limit:
+            self.forget(next(iter(own)))
+
+    def _leave_idle(self, block_id: int) -> None:
+        del self._idle[block_id]
+        tenant = self._tenant(block_id)
+        own = self._tenants[tenant]
+        del own[block_id]
+        if not own:
+            del self._tenants[tenant]
+
+    def _tenant(self, block_id: int) -> bytes:
+        block_hash = self._hashes[block_id]
+        assert block_hash is not None
+        return tenant_of(block_hash)
 
     def check_integrity(self, references: Mapping[int, int] | None = None) -> None:
         """Assert that every block is in exactly one state, and the reference counts, if given."""
@@ -131,3 +160,6 @@ class TierBlocks:
         assert hashed == self._by_hash, "the hash map does not name the blocks' contents"
         assert all(self._hashes[block_id] is None for block_id in blank), "a blank block has a hash"
         assert all(self._hashes[block_id] is not None for block_id in idle), "idle without a hash"
+        owned = [block_id for own in self._tenants.values() for block_id in own]
+        assert sorted(owned) == sorted(idle), "a tenant's idle blocks are not those of the tier"
+        assert all(len(own) <= self._tenant_limit for own in self._tenants.values())

@@ -44,6 +44,10 @@ def serve(
         bool,
         typer.Option("--prefix-caching/--no-prefix-caching", help="Reuse KV of equal prefixes."),
     ] = True,
+    tenant_prefix_share: Annotated[
+        float,
+        typer.Option(help="Of each tier, what cached prefixes of one API user may fill."),
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of requests that bring none.")] = 0,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, on Ray Serve."""
@@ -51,6 +55,7 @@ def serve(
         "served_model_name": served_model_name,
         "max_queued_requests": max_queued_requests,
         "enable_prefix_caching": enable_prefix_caching,
+        "tenant_prefix_share": tenant_prefix_share,
         "seed": seed,
     }
     engine = {**engine, **own}

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from kvcache.block_copy import BlockCopy
-from kvcache.block_hash import DIGEST_BYTES, hash_block, tenant_root
+from kvcache.block_hash import DIGEST_BYTES, hash_block, tenant_of, tenant_root
 from kvcache.block_pool import BlockPool, CachedBlock
 from kvcache.tier import Tier
 
@@ -281,3 +281,24 @@ def test_rotating_content_comes_up_where_the_whole_sequence_finds_room() -> None
     both = {CachedBlock(Tier.DEVICE, 1), CachedBlock(Tier.DEVICE, 3)}
     assert pool.forget([CachedBlock(Tier.DEVICE, 3)]) == both
     assert pool.match_prefix([A]) == ()
+
+
+def test_a_tenant_cannot_fill_the_cache() -> None:
+    pool = BlockPool(4, 0, 2, tenant_share=0.5)
+    mine = [hash_block(tenant_root("mine"), [n]) for n in range(3)]
+    pool.cache_full_blocks(allocate(pool, 1), [A])
+    pool.cache_full_blocks(allocate(pool, 3), mine)
+    pool.free([0])
+    assert pool.num_cached_device_blocks == 4, "what is held is not counted"
+    pool.free([1, 2, 3])
+    assert pool.match_prefix([A]) and pool.match_prefix(mine[:2])
+    assert pool.match_prefix(mine[2:]) == (), "two of four blocks: the third, freed first, is gone"
+    assert (pool.num_cached_device_blocks, pool.num_free_device_blocks) == (3, 4)
+    assert allocate(pool, 1) == [3]
+    pool.check_integrity({3: 1}, {})
+
+
+def test_hashes_name_their_tenant() -> None:
+    first = hash_block(tenant_root("a"), [1])
+    assert tenant_of(hash_block(first, [2])) == tenant_of(first) == tenant_of(tenant_root("a"))
+    assert tenant_of(first) != tenant_of(tenant_root("b"))

@@ -100,6 +100,7 @@ def test_sampling_params(fields: dict[str, Any], message: str) -> None:
         ({"max_num_seqs": -3}, "-3"),
         ({"threads_per_shard": 0}, "0"),
         ({"max_queued_requests": 0}, "0"),
+        ({"tenant_prefix_share": 1.5}, "tenant_prefix_share is 1.5"),
         ({"max_model_len": 10**9}, "1000000000"),
     ],
 )

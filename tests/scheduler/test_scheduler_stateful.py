@@ -39,6 +39,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_rotating=st.sampled_from([0, 0, 3, 12]),
         block_size=st.integers(1, 4),
         caching=st.booleans(),
+        tenant_share=st.sampled_from([1.0, 0.3]),
         passes=st.integers(1, 3),
         max_num_seqs=st.integers(1, 6),
         max_tokens=st.sampled_from([1, 3, 6, 12, 40]),
@@ -50,11 +51,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_rotating: int,
         block_size: int,
         caching: bool,
+        tenant_share: float,
         passes: int,
         max_num_seqs: int,
         max_tokens: int,
     ) -> None:
-        self.pool = BlockPool(num_device, num_host, block_size, caching, num_rotating)
+        self.pool = BlockPool(num_device, num_host, block_size, caching, num_rotating, tenant_share)
         self.config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_tokens,
