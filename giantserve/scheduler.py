@@ -67,6 +67,8 @@ class Scheduler:
         self._next_step_id = 0
         self.num_preemptions = 0
         self.num_losses = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
 
     @property
     def num_running(self) -> int:
@@ -349,6 +351,8 @@ class Scheduler:
             request.num_computed_tokens = len(prefix) * self._pool.block_size
             if not request.on_shards:
                 request.num_cached_tokens = request.num_computed_tokens
+                self.num_prompt_tokens += len(request.prompt_token_ids)
+                self.num_cached_tokens += request.num_cached_tokens
         return block_ids
 
     def _match(self, request: Request) -> tuple[CachedBlock, ...]:

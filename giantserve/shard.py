@@ -297,12 +297,15 @@ class Shard:
                     "source": link.source.value,
                     "target": link.target.value,
                     "bytes": totals.num_bytes,
+                    "transfers": totals.num_transfers,
                     "busy_s": totals.busy_s,
+                    "queue_depth": totals.queue_depth,
                     "gb_per_s": totals.num_bytes / totals.busy_s / 1e9 if totals.busy_s else 0.0,
                 }
                 for link, totals in self._link_totals().items()
             ],
-            "stall_s": self._weights.transfers.stall_s,
+            "stall_s": self._weights.transfers.stall_s
+            + (0.0 if self._rotation is None else self._rotation.transfers.stall_s),
         }
 
     @property

@@ -9,9 +9,10 @@ written back, so that the batch is bounded by host and NVMe memory and each weig
 from __future__ import annotations
 
 import logging
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -339,6 +340,10 @@ class KVRotation:
         self.transfers.end(link, moved, begun_s, f"layer {job.layer}")
 
     def _wait_for_reads(self, job: _Job, landing: torch.Tensor) -> None:
+        begun_s = time.perf_counter()
+        if not all(future.done() for _, future in job.reads):
+            wait([future for _, future in job.reads])
+            self.transfers.add_stall(begun_s, f"KV of layer {job.layer}")
         for run, future in job.reads:
             if (error := future.exception()) is not None:
                 logger.warning("KV is lost: %s", error)

@@ -24,11 +24,13 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkTotals:
-    """``busy_s`` is the time during which at least one transfer was under way on the link."""
+    """``busy_s`` is the time during which at least one transfer was under way on the link,
+    ``queue_depth`` how many there were in the mean of that time."""
 
     num_transfers: int
     num_bytes: int
     busy_s: float
+    queue_depth: float
 
 
 @dataclass(slots=True)
@@ -38,6 +40,13 @@ class _Counter:
     busy_s: float = 0.0
     in_flight: int = 0
     since: float = 0.0
+    depth_s: float = 0.0
+
+    def advance(self, now: float) -> None:
+        """Count the time since the last transfer began or ended."""
+        self.busy_s += (now - self.since) * (self.in_flight > 0)
+        self.depth_s += (now - self.since) * self.in_flight
+        self.since = now
 
 
 class TransferStats:
@@ -55,8 +64,7 @@ class TransferStats:
         with self._lock:
             now = time.perf_counter()
             counter = self._counters.setdefault(link, _Counter())
-            if counter.in_flight == 0:
-                counter.since = now
+            counter.advance(now)
             counter.in_flight += 1
             return now
 
@@ -65,11 +73,10 @@ class TransferStats:
         it failed."""
         with self._lock:
             counter = self._counters[link]
+            counter.advance(time.perf_counter())
             counter.in_flight -= 1
             counter.num_transfers += 1
             counter.num_bytes += num_bytes
-            if counter.in_flight == 0:
-                counter.busy_s += time.perf_counter() - counter.since
         if self.trace is not None:
             self.trace.add(str(link), what, begun_s, num_bytes)
 
@@ -87,12 +94,14 @@ class TransferStats:
     def snapshot(self) -> dict[Link, LinkTotals]:
         """The totals so far, transfers under way included in the time and not in the bytes."""
         with self._lock:
-            now = time.perf_counter()
+            for counter in self._counters.values():
+                counter.advance(time.perf_counter())
             return {
                 link: LinkTotals(
                     num_transfers=counter.num_transfers,
                     num_bytes=counter.num_bytes,
-                    busy_s=counter.busy_s + (now - counter.since if counter.in_flight else 0.0),
+                    busy_s=counter.busy_s,
+                    queue_depth=counter.depth_s / counter.busy_s if counter.busy_s else 0.0,
                 )
                 for link, counter in self._counters.items()
             }

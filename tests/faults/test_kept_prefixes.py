@@ -68,7 +68,10 @@ def test_a_later_engine_finds_them(
     with start(**split) as llm:
         assert ask(llm) == (expected, [NUM_CACHED] * len(PROMPTS))
         assert ask(llm, tenant="another") == (expected, [0] * len(PROMPTS))
-        assert llm.stats()["kv"]["losses"] == 0
+        kv = llm.stats()["kv"]
+        assert kv["losses"] == 0
+        assert kv["prompt_tokens"] == 2 * sum(map(len, PROMPTS))
+        assert kv["prompt_tokens_cached"] == NUM_CACHED * len(PROMPTS)
     with start(**split) as llm:  # what came up and what was new then
         assert ask(llm, tenant="another") == (expected, [NUM_CACHED] * len(PROMPTS))
         assert ask(llm) == (expected, [NUM_CACHED] * len(PROMPTS))

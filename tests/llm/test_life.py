@@ -85,6 +85,12 @@ def test_statistics_count_the_bytes_of_each_tier(
     assert shard["busy_s"] > 0 and shard["passes"] == stats["passes"]
     assert stats["kv"] == {
         "losses": 0,
+        "preemptions": 0,
+        "prompt_tokens": 6 + 19 + 33,
+        "prompt_tokens_cached": 0,
+        "device_blocks_cached": (6 + 11) // 4 + (19 + 11) // 4 + (33 + 11) // 4,
+        "rotating_blocks_cached": 0,
+        "host_blocks_cached": 0,
         "device_blocks": 64,
         "device_blocks_free": 64,
         "rotating_blocks": 0,
