@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -72,30 +73,43 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
 
     from deployments.app import APP_NAME, build_app
     from deployments.loading import shown_loading
+    from deployments.options import parse_args
+    from giantserve.planning import check
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("deployments").setLevel(logging.INFO)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    app = build_app(options)
     started_s = time.monotonic()
-    local = arguments.address == "local"
-    ray.init(
-        address=arguments.address,
-        include_dashboard=False if local else None,
-        num_cpus=_num_cpus(app) if local else None,
-        object_store_memory=OBJECT_STORE_BYTES if local else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
-    try:
+
+    def start(num_cpus: int) -> None:
+        local = arguments.address == "local"
+        ray.init(
+            address=arguments.address,
+            include_dashboard=False if local else None,
+            num_cpus=num_cpus if local else None,
+            object_store_memory=OBJECT_STORE_BYTES if local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
         serve.start(
             http_options=HTTPOptions(
                 host=arguments.host, port=arguments.port, request_timeout_s=None
             ),
             logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         )
+        signal.signal(signal.SIGTERM, _interrupt)  # after Ray, which sets one of its own
+        signal.signal(signal.SIGINT, _interrupt)
+
+    check(parse_args(options)[0])
+    try:
+        num_cpus = os.cpu_count() or 1
+        with ThreadPoolExecutor(1) as beside:  # planning imports torch while Ray starts
+            planned = beside.submit(build_app, options)
+            start(num_cpus)
+            app = planned.result()
+        if arguments.address == "local" and _num_cpus(app) > num_cpus:
+            ray.shutdown()
+            start(_num_cpus(app))
         with shown_loading():
             _run(app)
         url = f"http://{_reachable(arguments.host)}:{arguments.port}"
@@ -106,8 +120,9 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        serve.delete(APP_NAME)
-        ray.shutdown()
+        if ray.is_initialized():
+            serve.delete(APP_NAME)
+            ray.shutdown()
 
 
 def _run(app: serve.Application) -> None:

@@ -13,9 +13,10 @@ from ray.serve.schema import LoggingConfig
 
 from deployments.options import parse_args
 from deployments.placement import bundles
-from deployments.replica import Replica
+from deployments.replica import PlannedOn, Replica
 from giantserve.config import EngineConfig
-from giantserve.planning import plan_for
+from giantserve.planning import resolve
+from partition.calibration import machine_name
 
 APP_NAME = "giantserve"
 
@@ -26,13 +27,14 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     """Plan the model and bind one deployment whose replicas each own an engine and its shards.
 
     ``args`` are the fields of `EngineConfig` and `DeploymentOptions`, values as text or as they are
-    ("256MiB", "2", true). The plan made here fixes the number of shards, hence the bundles; every
-    replica is held to it. Raises ConfigError for an unknown or wrong option, PlanError where no
-    plan exists.
+    ("256MiB", "2", true). The plan made here fixes the number of shards, hence the bundles. A
+    replica on this machine runs it; one on another plans so many shards for its own. Raises
+    ConfigError for an unknown or wrong option, PlanError where no plan exists.
     """
     config, options = parse_args(args)
     config = _anywhere(replace(config, executor="ray"))
-    plan = plan_for(config)
+    resolution = resolve(config)
+    plan = resolution.plan
     logger.info("plan: %s", " ".join(plan.reason.split()))
     config = replace(
         config,
@@ -53,7 +55,8 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         max_constructor_retry_count=1,
         logging_config=LoggingConfig(enable_access_log=False),
     )
-    return deployment.bind(config, options)  # type: ignore[no-any-return]
+    here = PlannedOn(machine_name(), resolution)
+    return deployment.bind(config, options, here)  # type: ignore[no-any-return]
 
 
 def _anywhere(config: EngineConfig) -> EngineConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,6 +17,8 @@ from deployments.options import DeploymentOptions
 from giantserve.api.app import create_app
 from giantserve.config import EngineConfig
 from giantserve.errors import EngineDeadError
+from giantserve.planning import Resolution
+from partition.calibration import machine_name
 
 STATS_PERIOD_S = 5.0
 TOKEN_PERIOD_S = 30.0
@@ -23,19 +26,30 @@ TOKEN_PERIOD_S = 30.0
 logger = logging.getLogger("ray.serve")
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedOn:
+    """What was resolved, and the name of the machine for which this holds."""
+
+    machine: str
+    resolution: Resolution
+
+
 @serve.deployment
 @serve.ingress()
 class Replica:
     """The ingress is in the same process as the engine: a token goes to the proxy in one hop."""
 
-    def __init__(self, config: EngineConfig, options: DeploymentOptions) -> None:
+    def __init__(
+        self, config: EngineConfig, options: DeploymentOptions, planned: PlannedOn
+    ) -> None:
         """Load the model; returns when the engine can answer. Raises what the engine raises."""
         from giantserve.async_engine import AsyncEngine
 
         self._options = options
         loading = LoadingReport(serve.get_replica_context().replica_id.unique_id)
         try:
-            self._engine = AsyncEngine(config, on_progress=loading)
+            resolution = planned.resolution if planned.machine == machine_name() else None
+            self._engine = AsyncEngine(config, resolution=resolution, on_progress=loading)
         finally:
             loading.close()
         self._metrics = RayMetrics(self._engine.model_name)

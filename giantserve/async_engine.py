@@ -14,6 +14,7 @@ from giantserve.errors import EngineDeadError, GiantserveError
 from giantserve.executor.launcher import Launcher
 from giantserve.executor.messages import LoadProgress
 from giantserve.outputs import StreamDelta
+from giantserve.planning import Resolution
 from giantserve.sampling_params import SamplingParams
 from giantserve.tokenizer import Tokenizer
 from partition.plan import PartitionPlan
@@ -34,13 +35,19 @@ class AsyncEngine:
         config: EngineConfig,
         *,
         plan: PartitionPlan | None = None,
+        resolution: Resolution | None = None,
         on_progress: Callable[[int, LoadProgress], None] = lambda rank, progress: None,
         launcher: Launcher | None = None,
     ) -> None:
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Item], Item]]] = {}
         """Filled and emptied by the engine's thread alone."""
         self._engine = Engine(
-            config, plan=plan, on_progress=on_progress, launcher=launcher, flush=self._flush
+            config,
+            plan=plan,
+            resolution=resolution,
+            on_progress=on_progress,
+            launcher=launcher,
+            flush=self._flush,
         )
         self.config = self._engine.config
 

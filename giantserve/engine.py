@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from giantserve.executor.launcher import Launcher
 from giantserve.executor.messages import LoadProgress
 from giantserve.executor.select import make_executor
 from giantserve.outputs import StreamDelta, Usage
-from giantserve.planning import resolve
+from giantserve.planning import Resolution, resolve
 from giantserve.request import Request
 from giantserve.sampling_params import SamplingParams
 from giantserve.scheduler import Scheduler, SchedulerConfig
@@ -83,10 +84,10 @@ def unused_tiers(config: EngineConfig, plan: PartitionPlan) -> list[str]:
 class Engine:
     """Runs one replica. Construction blocks until the model is loaded; `close` ends it.
 
-    ``plan`` is run in place of the planner's own; ``launcher`` starts the workers and outlives the
-    engine. `submit` and `abort` may be called from any thread. ``flush`` is called from the
-    engine's thread once the sinks have been fed what a pass brought and the next pass runs, so that
-    a sink can collect.
+    ``plan`` is run in place of the planner's own; ``resolution`` is what `resolve` answers, where
+    it was asked before; ``launcher`` starts the workers and outlives the engine. `submit` and
+    `abort` may be called from any thread. ``flush`` is called from the engine's thread once the
+    sinks have been fed what a pass brought and the next pass runs, so that a sink can collect.
     """
 
     def __init__(
@@ -94,17 +95,17 @@ class Engine:
         config: EngineConfig,
         *,
         plan: PartitionPlan | None = None,
+        resolution: Resolution | None = None,
         on_progress: Callable[[int, LoadProgress], None] = lambda rank, progress: None,
         launcher: Launcher | None = None,
         flush: Callable[[], None] = lambda: None,
     ) -> None:
-        resolution = resolve(config)
+        resolution = resolution or resolve(config)
         self.config, self.profile = resolution.config, resolution.profile
         self.plan = plan or resolution.plan
         logger.info("plan: %s", self.plan.reason)
         for line in unused_tiers(config, self.plan):
             logger.info("%s", line)
-        self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         self.end_token_ids = tuple(sorted(read_end_token_ids(config.model)))
         self._pool = BlockPool(
             self.plan.num_device_blocks,
@@ -126,7 +127,14 @@ class Engine:
             self._pool,
             time.monotonic,
         )
-        self._executor: Executor = make_executor(self.config, self.plan, on_progress, launcher)
+        with ThreadPoolExecutor(1) as beside:  # a tokenizer takes as long as the workers' imports
+            tokenizer = beside.submit(load_tokenizer, config.model, config.trust_remote_code)
+            self._executor: Executor = make_executor(self.config, self.plan, on_progress, launcher)
+        try:
+            self.tokenizer = tokenizer.result()
+        except BaseException:
+            self._executor.close()
+            raise
         self._pool.adopt(self._executor.kept)
         self._ids = itertools.count(1)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

@@ -91,7 +91,7 @@ def problem_on(cluster: ClusterSpec, config: EngineConfig) -> PlanningProblem:
 
     Raises ConfigError for an option that says what the cluster says.
     """
-    _check(config)
+    check(config)
     for name in CLUSTER_SAYS:
         if getattr(config, name) not in (None, "auto"):
             raise ConfigError(
@@ -104,7 +104,7 @@ def problem_on(cluster: ClusterSpec, config: EngineConfig) -> PlanningProblem:
 
 def _here(config: EngineConfig) -> tuple[EngineConfig, PlanningProblem]:
     """The config with its memory and device filled in from this machine, and the problem."""
-    _check(config)
+    check(config)
     folder = _nvme_folder(config)
     machine = Machine.discover(folder)
     device = _device(config, machine)
@@ -174,7 +174,8 @@ def _objective(config: EngineConfig) -> Objective:
     return known[config.objective]
 
 
-def _check(config: EngineConfig) -> None:
+def check(config: EngineConfig) -> None:
+    """Raise ConfigError for what is wrong whatever the machine and the model are."""
     if not Path(config.model).is_dir():
         raise ConfigError(
             f"{config.model} is not a folder; give the path of a downloaded checkpoint"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from giantserve.config import EngineConfig
 from giantserve.errors import ConfigError
 from giantserve.executor.base import Executor, ProgressCallback
@@ -36,7 +34,7 @@ def make_executor(
 def shard_specs(config: EngineConfig, plan: PartitionPlan) -> list[ShardSpec]:
     """One spec a rank: devices dealt in order, CPU cores shared evenly."""
     count = len(plan.shards)
-    on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    on_cuda = config.device == "cuda" or (config.device == "auto" and _has_cuda())
     cores = len(os.sched_getaffinity(0))
     return [
         ShardSpec(
@@ -52,3 +50,9 @@ def shard_specs(config: EngineConfig, plan: PartitionPlan) -> list[ShardSpec]:
         )
         for rank in range(count)
     ]
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
