@@ -72,15 +72,15 @@ class Load:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassShape:
     """The tokens of a pass and the cache they read: ``num_sequences`` times ``context`` positions,
-    of which the share ``host_kv`` lies on the host and ``nvme_kv`` on NVMe, in blocks of
-    ``block_size`` tokens that are written back whole, and comes in ``micro_batches``."""
+    of which the share ``host_kv`` lies on the host and ``nvme_kv`` on NVMe, and comes in
+    ``micro_batches``; so many tokens of a sequence on NVMe are ``written`` back."""
 
     num_tokens: int
     num_sequences: int
     context: float
     host_kv: float = 0.0
     nvme_kv: float = 0.0
-    block_size: int = 0
+    written: float = 0.0
     micro_batches: int = 0
 
 
@@ -114,9 +114,9 @@ class CostModel:
         weights over device memory, streamed weights over the host link, disk bytes over the disk,
         and 2 FLOP per parameter and token. Attention reads its KV at a rate of its own, or does 4
         FLOP per head element and position where these take longer. KV that rotates moves as weights
-        do that stream; on NVMe the block that takes a new token is written back. Routed experts
-        that stream are read once the router has spoken, and nothing else is computed meanwhile;
-        where nearly all are needed they are read ahead like everything else.
+        do that stream; new tokens on NVMe are written back. Routed experts that stream are read
+        once the router has spoken, and nothing else is computed meanwhile; where nearly all are
+        needed they are read ahead like everything else.
         """
         runtime, tokens, sampled = rates.runtime, shape.num_tokens, shape.num_sequences
         touched = load.dense_bytes + load.expert_bytes * self.profile.expert_share(tokens)
@@ -144,7 +144,7 @@ class CostModel:
         link_s = (streamed_bytes + rotated) / rates.host_to_device
         from_host = streamed_bytes - disk_bytes + kv_bytes * shape.host_kv
         from_host_s = from_host / rates.host_to_device
-        written = load.kv_bytes_per_token * (sampled * shape.block_size * shape.nvme_kv)
+        written = load.kv_bytes_per_token * (sampled * shape.written * shape.nvme_kv)
         kv_disk_s = kv_bytes * shape.nvme_kv / rates.disk_read + written / rates.disk_write
         if not rates.copies_overlap:  # there is no link: NVMe is read into place
             link_s = np.asarray(0.0)

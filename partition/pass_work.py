@@ -238,14 +238,7 @@ def _decode_shape(plan: PartitionPlan, workload: Workload) -> PassShape:
         num_tokens=sequences,
         num_sequences=sequences,
         context=context,
-        block_size=plan.block_size,
-        **rotation_load(
-            batch * math.ceil(context / plan.block_size),
-            plan.passes_in_flight,
-            plan.num_device_blocks,
-            plan.num_rotating_host_blocks,
-            plan.num_rotation_slots,
-        ),
+        **rotation_load(plan, batch, context, plan.passes_in_flight),
     )
 
 

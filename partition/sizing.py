@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 from kvcache.layout import DTYPE_BYTES
 from kvcache.micro_batch import NUM_BUFFERS
@@ -214,15 +214,23 @@ def decode_shape(sizing: Sizing, workload: Workload, passes: int) -> PassShape:
         num_tokens=per_pass,
         num_sequences=per_pass,
         context=context,
-        block_size=sizing.block_size,
-        **rotation_load(
-            batch * math.ceil(context / sizing.block_size),
-            passes,
-            sizing.num_device_blocks,
-            sizing.num_rotating_host_blocks,
-            sizing.num_rotation_slots,
-        ),
+        **rotation_load(sizing, batch, context, passes),
     )
+
+
+class Rotating(Protocol):
+    """What a `Sizing` and a plan say of blocks that rotate."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_device_blocks(self) -> int: ...
+    @property
+    def num_rotating_host_blocks(self) -> int: ...
+    @property
+    def num_rotation_slots(self) -> int: ...
+    @property
+    def num_tail_blocks(self) -> int: ...
 
 
 class RotationLoad(TypedDict):
@@ -231,18 +239,23 @@ class RotationLoad(TypedDict):
     host_kv: float
     nvme_kv: float
     micro_batches: int
+    written: float
 
 
-def rotation_load(used: int, passes: int, on_device: int, on_host: int, slots: int) -> RotationLoad:
-    """What rotates where ``used`` blocks are dealt out over so many passes: ``on_device`` and
-    ``on_host`` blocks are filled first, and ``slots`` blocks are on the device at once."""
-    beyond = max(0, used - on_device)
-    host = min(beyond, on_host)
+def rotation_load(sized: Rotating, batch: int, context: float, passes: int) -> RotationLoad:
+    """What rotates where ``batch`` sequences of ``context`` tokens are dealt out over so many
+    passes: blocks on the device and on the host are filled first. A block of NVMe that is not full
+    is written back whole, or waits in a tail row."""
+    used = batch * math.ceil(context / sized.block_size)
+    beyond = max(0, used - sized.num_device_blocks)
+    host = min(beyond, sized.num_rotating_host_blocks)
     of_a_pass = math.ceil(used / passes) * beyond
+    waiting = min(1.0, sized.num_tail_blocks / batch)
     return RotationLoad(
         host_kv=host / used,
         nvme_kv=(beyond - host) / used,
-        micro_batches=-(-of_a_pass // (used * max(1, slots))),
+        micro_batches=-(-of_a_pass // (used * max(1, sized.num_rotation_slots))),
+        written=waiting + (1 - waiting) * sized.block_size,
     )
 
 

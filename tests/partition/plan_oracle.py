@@ -80,7 +80,10 @@ class Oracle:
             context=context,
             host_kv=on_host / used,
             nvme_kv=(beyond - on_host) / used,
-            block_size=self.constraints.block_size,
+            written=1.0
+            if sizing.num_tail_blocks >= batch
+            else self.constraints.block_size
+            - sizing.num_tail_blocks / batch * (self.constraints.block_size - 1),
             micro_batches=math.ceil(
                 Fraction(math.ceil(used / passes) * beyond, used)
                 / max(1, sizing.num_rotation_slots)
