@@ -24,6 +24,7 @@ from kvcache.arena import ALIGNMENT, Arena
 from kvcache.block_pool import CachedBlock
 from kvcache.checksum import PieceChecksum
 from kvcache.kept_index import KeptIndex
+from kvcache.kv_codec import codecs
 from kvcache.kv_file import KVFile
 from kvcache.kv_store import KVStore, KVViews, layer_views
 from kvcache.micro_batch import NUM_BUFFERS, MicroBatch
@@ -41,13 +42,16 @@ logger = logging.getLogger(__name__)
 class _Moves:
     """What a micro-batch moves at every layer alike. ``gathers`` are (source, slots, its rows) of
     what lies in memory, ``scatters`` (target, slots, its rows), where a source or target is DEVICE
-    or HOST; ``reads`` and ``writes`` runs of slots whose blocks are neighbours on NVMe. ``filled``
-    blocks leave their tail rows with this pass."""
+    or HOST; ``reads`` and ``writes`` runs of slots whose blocks are neighbours on NVMe. ``tails``
+    and ``kept`` are (slots, tail rows) before and after the pass; ``filled`` blocks leave their
+    tail rows with it."""
 
     micro_batch: MicroBatch
-    gathers: tuple[tuple[Tier, slice | torch.Tensor, torch.Tensor], ...]
+    gathers: tuple[tuple[Tier, slice, torch.Tensor], ...]
+    tails: tuple[torch.Tensor, torch.Tensor]
     reads: tuple[slice, ...]
     scatters: tuple[tuple[Tier, torch.Tensor, torch.Tensor], ...]
+    kept: tuple[torch.Tensor, torch.Tensor]
     writes: tuple[slice, ...]
     beyond: slice
     filled: tuple[int, ...]
@@ -55,11 +59,12 @@ class _Moves:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One micro-batch at one layer."""
+    """One micro-batch at one layer. ``stored``: what goes home is in the landing already."""
 
     layer: int
     moves: _Moves
     buffer: int
+    stored: bool = False
     reads: list[tuple[slice, Future[None]]] = field(default_factory=list)
     writes: list[tuple[slice, Future[None]]] = field(default_factory=list)
 
@@ -70,6 +75,9 @@ class KVRotation:
 
     A block of NVMe to which every pass adds a token would be read and written with each, a small
     piece a layer. So until it is full it lies in a *tail* row on the host, where one is left.
+
+    Host and NVMe hold pieces as the layout's storage dtype has them. They reach the device through
+    a *landing*: the buffer itself, unless the device cannot be read into or the dtypes differ.
 
     Used by the thread that computes: `begin`, then for every layer of the store's layout and every
     micro-batch in order `take` and `put_back`, then `end`.
@@ -96,20 +104,27 @@ class KVRotation:
         layout = store.layout
         self._pieces = [layout.piece(index) for index in range(len(layout.layers))]
         self._places = {spec.layer: index for index, spec in enumerate(layout.layers)}
-        self._strides = [-(-p.num_bytes // ALIGNMENT) * ALIGNMENT for p in self._pieces]
+        self._stored = [layout.stored_piece(index) for index in range(len(layout.layers))]
+        self._codecs = codecs(layout)
+        self._strides = [_aligned(piece.num_bytes) for piece in self._stored]
+        self._buffer_strides = [_aligned(piece.num_bytes) for piece in self._pieces]
         self._first_host: int = store.num_device_blocks
         self._first_nvme: int = self._first_host + num_host_blocks
         self.num_blocks = self._first_nvme + num_nvme_blocks
         self.num_slots = num_slots
-        self._host = store.allocate(host_arena, num_host_blocks + num_tail_blocks)
-        self._free_tails = list(range(num_host_blocks, num_host_blocks + num_tail_blocks))
-        self._tails: dict[int, int] = {}  # rows of the host by block, used last comes last
-        size = num_slots * max(self._strides)
+        self._homes = {
+            Tier.DEVICE: store.device_rows,
+            Tier.HOST: store.allocate_stored(host_arena, num_host_blocks),
+        }
+        self._tail_rows = store.allocate(host_arena, num_tail_blocks)
+        self._free_tails = list(range(num_tail_blocks))
+        self._tails: dict[int, int] = {}  # rows by block, used last comes last
+        size = num_slots * max(self._buffer_strides)
         self._buffers = [device_arena.allocate(size) for _ in range(NUM_BUFFERS)]
-        self._homes = {Tier.DEVICE: store.device_rows, Tier.HOST: self._host}
-        self._staged = device_arena.device.type != "cpu"
+        self._staged = device_arena.device.type != "cpu" or layout.storage_dtype != "auto"
         self._landings = self._buffers
         if self._staged:
+            size = num_slots * max(self._strides)
             self._landings = [host_arena.allocate(size) for _ in range(NUM_BUFFERS)]
         self._file: KVFile | None = None
         if num_nvme_blocks:
@@ -149,11 +164,12 @@ class KVRotation:
         """
         job = self._jobs[self._at]
         assert job.layer == self._places[layer], f"layer {layer} is not what comes next"
-        landing, buffer = self._rows(self._landings, job), self._rows(self._buffers, job)
+        landing, buffer = self._landing(job), self._buffer(job)
         self._gather(job, landing, buffer)
         self._wait_for_reads(job, landing)
         if self._staged:
-            buffer[job.moves.beyond].copy_(landing[job.moves.beyond], non_blocking=True)
+            self._bring_up(job, landing[job.moves.beyond], buffer[job.moves.beyond])
+        self._gather_tails(job, buffer)
         return layer_views(buffer, self._pieces[job.layer], self._store.layout, job.layer, at=0)
 
     def put_back(self) -> None:
@@ -188,21 +204,26 @@ class KVRotation:
         return Tier.HOST if block < self._first_nvme else Tier.NVME
 
     def save(
-        self, blocks: Sequence[int], rows: Sequence[torch.Tensor], targets: Sequence[CachedBlock]
+        self,
+        blocks: Sequence[int],
+        rows: Sequence[torch.Tensor],
+        targets: Sequence[CachedBlock],
+        *,
+        stored: bool,
     ) -> None:
-        """Copy whole blocks, all distinct, to ``rows`` [block_bytes] in memory, which are the
-        contents of ``targets``."""
+        """Copy whole blocks, all distinct, to ``rows`` in memory, which are the contents of
+        ``targets``: as they lie below the device (``stored``) or on it."""
         before, self._lost = self._lost, set()
-        self._move(blocks, rows, write=False)
+        self._move(blocks, rows, write=False, stored=stored)
         pairs = zip(blocks, targets, strict=True)
         self._lost |= {to for block, to in pairs if CachedBlock(Tier.DEVICE, block) in self._lost}
         self._lost |= before
 
-    def restore(self, rows: Sequence[torch.Tensor], blocks: Sequence[int]) -> None:
-        """Copy ``rows`` [block_bytes] in memory to whole blocks, all distinct."""
+    def restore(self, rows: Sequence[torch.Tensor], blocks: Sequence[int], *, stored: bool) -> None:
+        """Copy ``rows`` in memory, in either form, to whole blocks, all distinct."""
         for block in blocks:
             self._drop_tail(block)
-        self._move(blocks, rows, write=True)
+        self._move(blocks, rows, write=True, stored=stored)
 
     def keep(self, hashes: Mapping[int, bytes]) -> None:
         """Leave the content of these NVMe blocks, oldest use first, to a later process."""
@@ -215,10 +236,16 @@ class KVRotation:
         if self._file is not None:
             self._file.close()
 
-    def _rows(self, buffers: list[torch.Tensor], job: _Job) -> torch.Tensor:
-        """The job's buffer as [num_slots, stride of its layer]."""
-        stride = self._strides[job.layer]
-        return buffers[job.buffer][: self.num_slots * stride].view(self.num_slots, stride)
+    def _buffer(self, job: _Job) -> torch.Tensor:
+        """The job's pieces on the device, [num_slots, bytes]."""
+        return self._rows(self._buffers[job.buffer], self._buffer_strides[job.layer])
+
+    def _landing(self, job: _Job) -> torch.Tensor:
+        """The same as they lie below the device."""
+        return self._rows(self._landings[job.buffer], self._strides[job.layer])
+
+    def _rows(self, memory: torch.Tensor, stride: int) -> torch.Tensor:
+        return memory[: self.num_slots * stride].view(self.num_slots, stride)
 
     def _make_room(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Free tail rows for the unfinished blocks of a pass, those used longest ago first."""
@@ -230,9 +257,9 @@ class KVRotation:
         )
         others = [block for block in self._tails if block not in blocks]
         for block in others[: max(0, missing - len(self._free_tails))]:
-            row = self._host[self._tails[block]]
+            row = self._tail_rows[self._tails[block]]
             self._drop_tail(block)
-            self._move([block], [row], write=True)
+            self._move([block], [row], write=True, stored=False)
 
     def _drop_tail(self, block: int) -> None:
         row = self._tails.pop(block, None)
@@ -260,8 +287,7 @@ class KVRotation:
             (Tier.NVME, self._first_nvme, self.num_blocks),
         )
         bounds = [0]
-        gathers: list[tuple[Tier, slice | torch.Tensor, torch.Tensor]] = []
-        scatters = []
+        gathers, scatters = [], []
         for tier, first, stop in regions:
             lower = bounds[-1]
             upper = bisect_left(blocks, stop, lower, loaded)
@@ -272,24 +298,20 @@ class KVRotation:
                 rows = torch.tensor(blocks[lower:upper]) - first
                 gathers.append((tier, slice(lower, upper), rows.to(self._device_of(tier))))
             slots = [slot for slot in micro_batch.written if first <= blocks[slot] < stop]
-            homes = [blocks[slot] - first for slot in slots]
-            if tier is Tier.HOST:
-                slots += kept
-                homes += [self._tails[blocks[slot]] for slot in kept]
             if slots:
-                rows = torch.tensor(homes)
+                rows = torch.tensor([blocks[slot] - first for slot in slots])
                 where = torch.tensor(slots, device=self._buffers[0].device)
                 scatters.append((tier, where, rows.to(self._device_of(tier))))
         on_disk = range(bounds[2], bounds[3])
-        if near := [slot for slot in on_disk if slot in tails]:
-            rows = torch.tensor([tails[slot] for slot in near])
-            gathers.append((Tier.HOST, torch.tensor(near), rows))
+        near = [slot for slot in on_disk if slot in tails]
         behind = [slot for slot in micro_batch.written if blocks[slot] >= self._first_nvme]
         return _Moves(
             micro_batch=micro_batch,
             gathers=tuple(gathers),
+            tails=_index(near, [tails[slot] for slot in near]),
             reads=tuple(_runs(blocks, [slot for slot in on_disk if slot not in tails])),
             scatters=tuple(scatters),
+            kept=_index(sorted(kept), [self._tails[blocks[slot]] for slot in sorted(kept)]),
             writes=tuple(_runs(blocks, [slot for slot in behind if slot not in kept])),
             beyond=slice(bounds[1], bounds[3]),
             filled=tuple(blocks[slot] for slot in behind if slot in tails and slot not in kept),
@@ -300,26 +322,63 @@ class KVRotation:
 
     def _gather(self, job: _Job, landing: torch.Tensor, buffer: torch.Tensor) -> None:
         """Bring what lies on the device and on the host into the slots."""
-        piece = self._pieces[job.layer]
-        part = slice(piece.offset, piece.offset + piece.num_bytes)
         for tier, slots, rows in job.moves.gathers:
-            targets = _words((buffer if tier is Tier.DEVICE else landing)[:, : piece.num_bytes])
-            sources = _words(self._homes[tier][:, part])
+            part = self._part(job, tier)
+            target = (buffer if tier is Tier.DEVICE else landing)[slots, : part.stop - part.start]
             link = Link("kv", tier, Tier.DEVICE)
             begun_s = self.transfers.begin(link)
-            if isinstance(slots, slice):
-                torch.index_select(sources, 0, rows, out=targets[slots])
-            else:
-                targets.index_copy_(0, slots, sources[rows])
-            num_bytes = rows.shape[0] * piece.num_bytes
-            self.transfers.end(link, num_bytes, begun_s, f"layer {job.layer}")
+            torch.index_select(_words(self._homes[tier][:, part]), 0, rows, out=_words(target))
+            self.transfers.end(link, target.nbytes, begun_s, f"layer {job.layer}")
+
+    def _part(self, job: _Job, tier: Tier) -> slice:
+        """Where the job's layer lies in a block of that tier."""
+        piece = (self._pieces if tier is Tier.DEVICE else self._stored)[job.layer]
+        return slice(piece.offset, piece.offset + piece.num_bytes)
+
+    def _bring_up(self, job: _Job, landed: torch.Tensor, buffer: torch.Tensor) -> None:
+        codec = self._codecs[job.layer]
+        if codec is None:
+            buffer.copy_(landed, non_blocking=True)
+        else:
+            codec.decode(landed.to(buffer.device, non_blocking=True), buffer)
+
+    def _put_down(self, job: _Job, buffer: torch.Tensor) -> torch.Tensor:
+        """Pieces from the device as they lie below it, in host memory."""
+        codec, num_bytes = self._codecs[job.layer], self._stored[job.layer].num_bytes
+        if codec is None:
+            return buffer[:, :num_bytes].cpu()
+        stored = buffer.new_empty(buffer.shape[0], num_bytes)
+        codec.encode(buffer, stored)
+        return stored.cpu()
+
+    def _gather_tails(self, job: _Job, buffer: torch.Tensor) -> None:
+        slots, rows = job.moves.tails
+        if not rows.shape[0]:
+            return
+        link = Link("kv", Tier.HOST, Tier.DEVICE)
+        begun_s = self.transfers.begin(link)
+        part = self._part(job, Tier.DEVICE)
+        found = _words(self._tail_rows[:, part])[rows].to(buffer.device)
+        _words(buffer[:, : part.stop - part.start]).index_copy_(0, slots.to(buffer.device), found)
+        self.transfers.end(link, found.nbytes, begun_s, f"layer {job.layer}")
+
+    def _scatter_tails(self, job: _Job, buffer: torch.Tensor) -> None:
+        slots, rows = job.moves.kept
+        if not rows.shape[0]:
+            return
+        link = Link("kv", Tier.DEVICE, Tier.HOST)
+        begun_s = self.transfers.begin(link)
+        part = self._part(job, Tier.DEVICE)
+        written = buffer[slots.to(buffer.device), : part.stop - part.start].cpu()
+        _words(self._tail_rows[:, part]).index_copy_(0, rows, _words(written))
+        self.transfers.end(link, written.nbytes, begun_s, f"layer {job.layer}")
 
     def _read(self, job: _Job) -> None:
         """Start the job's reads from NVMe."""
         if not job.moves.reads:
             return
         assert self._file is not None
-        landing = self._rows(self._landings, job)
+        landing = self._landing(job)
         link = Link("kv", Tier.NVME, Tier.DEVICE)
         for run in job.moves.reads:
             target = landing[run].flatten()
@@ -369,19 +428,23 @@ class KVRotation:
 
     def _scatter(self, job: _Job) -> None:
         """Bring the written slots home; to NVMe behind the computation."""
-        piece, buffer = self._pieces[job.layer], self._rows(self._buffers, job)
-        part = slice(piece.offset, piece.offset + piece.num_bytes)
+        buffer, landing = self._buffer(job), self._landing(job)
         for tier, slots, rows in job.moves.scatters:
-            home = self._homes[tier]
+            part = self._part(job, tier)
             link = Link("kv", Tier.DEVICE, tier)
             begun_s = self.transfers.begin(link)
-            written = buffer[slots, : piece.num_bytes].to(home.device)
-            _words(home[:, part]).index_copy_(0, rows, _words(written))
+            if tier is Tier.DEVICE:
+                written = buffer[slots, : part.stop - part.start]
+            elif job.stored:
+                written = landing[slots.cpu(), : part.stop - part.start]
+            else:
+                written = self._put_down(job, buffer[slots])
+            _words(self._homes[tier][:, part]).index_copy_(0, rows, _words(written))
             self.transfers.end(link, written.nbytes, begun_s, f"layer {job.layer}")
-        landing = self._rows(self._landings, job)
+        self._scatter_tails(job, buffer)
         for run in job.moves.writes:
-            if self._staged:
-                landing[run].copy_(buffer[run])
+            if self._staged and not job.stored:
+                landing[run, : self._stored[job.layer].num_bytes] = self._put_down(job, buffer[run])
             self._write(job, run, landing[run])
 
     def _write(self, job: _Job, run: slice, pieces: torch.Tensor) -> None:
@@ -402,7 +465,9 @@ class KVRotation:
                 self._lose(job, run, range(run.stop - run.start))
         job.writes.clear()
 
-    def _move(self, blocks: Sequence[int], rows: Sequence[torch.Tensor], *, write: bool) -> None:
+    def _move(
+        self, blocks: Sequence[int], rows: Sequence[torch.Tensor], *, write: bool, stored: bool
+    ) -> None:
         """Copy whole blocks from or to rows in memory, as passes of their own."""
         order = sorted(zip(blocks, rows, strict=True), key=lambda pair: pair[0])
         for start in range(0, len(order), self.num_slots):
@@ -414,14 +479,28 @@ class KVRotation:
                 written=tuple(range(len(chosen))) if write else (),
             )
             self.begin([whole])
-            for piece, spec in zip(self._pieces, self._store.layout.layers, strict=True):
+            for spec in self._store.layout.layers:
                 self.take(spec.layer)
-                slots = self._rows(self._buffers, self._jobs[self._at])[:, : piece.num_bytes]
-                for slot, row in zip(slots, memory, strict=False):
-                    mine = row[piece.offset : piece.offset + piece.num_bytes]
-                    (slot if write else mine).copy_(mine if write else slot)
+                job = self._jobs[self._at]
+                job.stored = stored and write
+                part = self._part(job, Tier.HOST if stored else Tier.DEVICE)
+                pieces = self._landing(job) if stored else self._buffer(job)
+                slots, tails = job.moves.tails
+                if stored and tails.shape[0]:
+                    own = self._put_down(job, self._buffer(job)[slots.to(self._buffers[0].device)])
+                    pieces[slots, : own.shape[1]] = own
+                for slot, row in zip(pieces[:, : part.stop - part.start], memory, strict=False):
+                    (slot if write else row[part]).copy_(row[part] if write else slot)
                 self.put_back()
             self.end()
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _index(slots: Sequence[int], rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(slots, dtype=torch.long), torch.tensor(rows, dtype=torch.long)
 
 
 def _runs(blocks: Sequence[int], slots: Sequence[int]) -> Iterator[slice]:

@@ -16,6 +16,7 @@ import torch
 from kvcache.arena import Arena
 from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import CachedBlock
+from kvcache.kv_codec import codecs
 from kvcache.layout import KVLayout, LayerPiece
 from kvcache.tier import Tier
 
@@ -28,9 +29,16 @@ class WholeBlocks(Protocol):
 
     def tier_of(self, block: int) -> Tier: ...
     def save(
-        self, blocks: Sequence[int], rows: Sequence[torch.Tensor], targets: Sequence[CachedBlock]
+        self,
+        blocks: Sequence[int],
+        rows: Sequence[torch.Tensor],
+        targets: Sequence[CachedBlock],
+        *,
+        stored: bool,
     ) -> None: ...
-    def restore(self, rows: Sequence[torch.Tensor], blocks: Sequence[int]) -> None: ...
+    def restore(
+        self, rows: Sequence[torch.Tensor], blocks: Sequence[int], *, stored: bool
+    ) -> None: ...
 
 
 class KVStore:
@@ -49,9 +57,10 @@ class KVStore:
         num_host_blocks: int,
     ) -> None:
         self.layout = layout
+        self._codecs = codecs(layout)
         self._blocks = {
             Tier.DEVICE: self.allocate(device_arena, num_device_blocks),
-            Tier.HOST: self.allocate(host_arena, num_host_blocks),
+            Tier.HOST: self.allocate_stored(host_arena, num_host_blocks),
         }
         self._views = {
             spec.layer: layer_views(self.device_rows, layout.piece(index), layout, index)
@@ -61,8 +70,17 @@ class KVStore:
         self.bytes_copied = Counter({(Tier.DEVICE, Tier.HOST): 0, (Tier.HOST, Tier.DEVICE): 0})
 
     def allocate(self, arena: Arena, num_blocks: int) -> torch.Tensor:
-        """Memory for whole blocks, [num_blocks, block_bytes] uint8. Raises TierFullError."""
-        size = self.layout.block_bytes
+        """Memory for whole blocks as the device has them, [num_blocks, block_bytes] uint8.
+
+        Raises TierFullError.
+        """
+        return self._allocate(arena, num_blocks, self.layout.block_bytes)
+
+    def allocate_stored(self, arena: Arena, num_blocks: int) -> torch.Tensor:
+        """The same as they lie below the device, [num_blocks, stored_block_bytes]."""
+        return self._allocate(arena, num_blocks, self.layout.stored_block_bytes)
+
+    def _allocate(self, arena: Arena, num_blocks: int, size: int) -> torch.Tensor:
         return arena.allocate(num_blocks * size)[: num_blocks * size].view(num_blocks, size)
 
     @property
@@ -85,16 +103,18 @@ class KVStore:
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copy blocks between tiers, as if one after the other; in order with what the device
         computes."""
-        for kind, group in groupby(copies, self._kind):
+        for (from_rotation, to_rotation, *_), group in groupby(copies, self._kind):
             for run in _distinct(group):
-                self._run(*kind, run)
+                self._run(from_rotation, to_rotation, run)
 
-    def _kind(self, copy: BlockCopy) -> tuple[bool, bool]:
-        """Whether source and target rotate."""
+    def _kind(self, copy: BlockCopy) -> tuple[bool, bool, Tier, Tier]:
+        """Whether source and target rotate, and their tiers."""
         first = self.num_device_blocks
         return (
             copy.source is Tier.DEVICE and copy.source_id >= first,
             copy.target is Tier.DEVICE and copy.target_id >= first,
+            copy.source,
+            copy.target,
         )
 
     def _run(self, from_rotation: bool, to_rotation: bool, copies: list[BlockCopy]) -> None:
@@ -108,23 +128,47 @@ class KVStore:
             self.bytes_copied[source, target] += self.layout.block_bytes
         if from_rotation and to_rotation:
             assert rotation is not None
-            row = torch.empty(self.layout.block_bytes, dtype=torch.uint8)
+            row = torch.empty(self.layout.stored_block_bytes, dtype=torch.uint8)
             for copy in copies:
-                rotation.save([copy.source_id], [row], [CachedBlock(copy.target, copy.target_id)])
-                rotation.restore([row], [copy.target_id])
+                to = CachedBlock(copy.target, copy.target_id)
+                rotation.save([copy.source_id], [row], [to], stored=True)
+                rotation.restore([row], [copy.target_id], stored=True)
         elif from_rotation:
             assert rotation is not None
             rows = [self._blocks[copy.target][copy.target_id] for copy in copies]
             targets = [CachedBlock(copy.target, copy.target_id) for copy in copies]
-            rotation.save([copy.source_id for copy in copies], rows, targets)
+            stored = copies[0].target is Tier.HOST
+            rotation.save([copy.source_id for copy in copies], rows, targets, stored=stored)
         elif to_rotation:
             assert rotation is not None
             rows = [self._blocks[copy.source][copy.source_id] for copy in copies]
-            rotation.restore(rows, [copy.target_id for copy in copies])
+            stored = copies[0].source is Tier.HOST
+            rotation.restore(rows, [copy.target_id for copy in copies], stored=stored)
         else:
             for copy in copies:
-                row = self._blocks[copy.target][copy.target_id]
-                row.copy_(self._blocks[copy.source][copy.source_id])
+                row = self._blocks[copy.source][copy.source_id]
+                self._convert(row, self._blocks[copy.target][copy.target_id], copy.target)
+
+    def _convert(self, source: torch.Tensor, target: torch.Tensor, tier: Tier) -> None:
+        """Bring a row between device and host, in the form that ``tier``, the target's, has."""
+        if self.layout.storage_dtype == "auto":
+            target.copy_(source)
+            return
+        if tier is Tier.DEVICE:
+            source = source.to(target.device)
+        device, host = (target, source) if tier is Tier.DEVICE else (source, target)
+        whole = torch.empty_like(host, device=device.device)
+        for index, codec in enumerate(self._codecs):
+            assert codec is not None
+            piece, stored = self.layout.piece(index), self.layout.stored_piece(index)
+            above = device[None, piece.offset : piece.offset + piece.num_bytes]
+            part = slice(stored.offset, stored.offset + stored.num_bytes)
+            if tier is Tier.DEVICE:
+                codec.decode(host[None, part], above)
+            else:
+                codec.encode(above, whole[None, part])
+        if tier is Tier.HOST:
+            target.copy_(whole)
 
 
 def _distinct(copies: Iterable[BlockCopy]) -> Iterator[list[BlockCopy]]:

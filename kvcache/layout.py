@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+STORAGE_DTYPES = ("auto", "int8", "fp8")
+"""How KV lies below the device: as it is, or in one byte an element with a scale for each head of a
+block."""
+
+SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +43,22 @@ class LayerPiece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPiece:
+    """One layer's part of a block as it lies below the device."""
+
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
     """The layout of one block of one stage, as one shard holds it (heads already dealt to the
-    shard)."""
+    shard). ``storage_dtype`` is how it lies below the device."""
 
     layers: tuple[KVLayerSpec, ...]
     block_size: int
     dtype: str
+    storage_dtype: str = "auto"
 
     @property
     def bytes_per_token(self) -> int:
@@ -53,6 +67,23 @@ class KVLayout:
     @property
     def block_bytes(self) -> int:
         return self.block_size * self.bytes_per_token
+
+    def stored_piece(self, layer: int) -> StoredPiece:
+        """The same below the device: the elements, then a scale for each head of the keys and the
+        values."""
+        sizes = [self._stored_bytes(spec) for spec in self.layers]
+        return StoredPiece(offset=sum(sizes[:layer]), num_bytes=sizes[layer])
+
+    @property
+    def stored_block_bytes(self) -> int:
+        return sum(self._stored_bytes(spec) for spec in self.layers)
+
+    def _stored_bytes(self, spec: KVLayerSpec) -> int:
+        elements = self.block_size * spec.elements_per_token
+        if self.storage_dtype == "auto":
+            return elements * DTYPE_BYTES[self.dtype]
+        scales = SCALE_BYTES * (spec.key_heads + spec.value_heads)
+        return -(-(elements + scales) // 8) * 8
 
     def piece(self, layer: int) -> LayerPiece:
         """Where the part of the stage's ``layer``-th layer lies in a block."""
