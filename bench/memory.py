@@ -7,6 +7,8 @@ python bench/memory.py bytes     disk bytes a pass at 10, 50 and 90 % of the wei
                                  against the bytes that are not
 python bench/memory.py rotation  128 running sequences with device blocks for 8, the others' KV on
                                  the host or on NVMe, against all on the device and the roofline
+python bench/memory.py dtypes    KV on NVMe as it is, in int8 and in fp8: bytes and time of a pass,
+                                 and how far the tokens' log-probabilities are off
 python bench/memory.py prefix    the first token after a cached prefix of 2,000 tokens whose KV lies
                                  on NVMe, against computing the prefix
 python bench/memory.py experts   a mixture of 64 experts a layer, 4 for a token, most on NVMe: bytes
@@ -40,6 +42,7 @@ from giantserve import LLM, SamplingParams
 from giantserve.async_engine import AsyncEngine
 from giantserve.calibrate import calibrate
 from giantserve.config import EngineConfig
+from giantserve.outputs import PositionLogprobs
 from giantserve.planning import resolve
 from kvcache.tier import Tier
 from partition import Bandwidths, ModelProfile, PartitionPlan
@@ -155,11 +158,11 @@ def with_resident(plan: PartitionPlan, share: float) -> PartitionPlan:
     return replace(plan, stages=(replace(plan.stages[0], shards=(shard,)),))
 
 
-def _read(llm: LLM) -> tuple[int, int]:
-    """Passes so far, and the bytes of weights read from NVMe."""
+def _read(llm: LLM, kind: str = "weights") -> tuple[int, int]:
+    """Passes so far, and the bytes of that kind read from NVMe."""
     (shard,) = llm.stats()["shards"]
     links = [link for link in shard["links"] if link["source"] == "nvme"]
-    return shard["passes"], sum(link["bytes"] for link in links if link["kind"] == "weights")
+    return shard["passes"], sum(link["bytes"] for link in links if link["kind"] == kind)
 
 
 def rotation_plans(path: Path, nvme_dir: Path) -> dict[str, PartitionPlan]:
@@ -262,6 +265,53 @@ def _roof(name: str, plan: PartitionPlan, kv_bytes: float, rates: Bandwidths) ->
         beyond / rates.disk_read if name == "NVMe" else 0.0,
         weights * SEQUENCES / rates.flops_per_s(SEQUENCES),
     )
+
+
+def dtypes(folder: Path, rounds: int) -> None:
+    """The same prompts with KV on NVMe in each storage dtype, all sequences beyond the device."""
+    path = write_checkpoint(SHAPE, folder)
+    nvme_dir = folder / "nvme"
+    plan = rotation_plans(path, nvme_dir)["NVMe"]
+    fixed = prompts(SEQUENCES, PROMPT_TOKENS)
+    greedy = SamplingParams(
+        max_tokens=OUTPUT_TOKENS, temperature=0.0, ignore_eos=True, logprobs=0, seed=0
+    )
+    print(header("Storage dtypes of KV on NVMe"))
+    print("| dtype | KV read a pass MB | decode pass s | same tokens | log-probability off by |")
+    print("|---|---|---|---|---|")
+    known: list[list[PositionLogprobs]] = []
+    for storage_dtype in ("auto", "auto", "int8", "fp8"):
+        made = replace(plan, kv_storage_dtype=storage_dtype)
+        with LLM(path, plan=made, nvme_dir=nvme_dir, max_model_len=plan.max_model_len) as llm:
+            found = [output.choices[0].logprobs or [] for output in llm.generate(fixed, greedy)]
+            before = _read(llm, "kv")
+            rates = [
+                decode_rate(llm, SEQUENCES, OUTPUT_TOKENS, PROMPT_TOKENS)[0] for _ in range(rounds)
+            ]
+            after = _read(llm, "kv")
+        known = known or found
+        a_pass = (after[1] - before[1]) / (after[0] - before[0])
+        same, off = _differences(known, found)
+        print(
+            f"| {storage_dtype} | {a_pass / 1e6:.0f} | {spread([SEQUENCES / r for r in rates])} "
+            f"| {same:.1%} | {statistics.mean(off):.4f} (at most {max(off):.3f}) |",
+            flush=True,
+        )
+    print("\nagainst the first run; the second has the same dtype: what differs there is the order")
+    print("in which bf16 sums are made. Positions count up to the first token that differs.")
+
+
+def _differences(
+    known: list[list[PositionLogprobs]], found: list[list[PositionLogprobs]]
+) -> tuple[float, list[float]]:
+    """The share of tokens that come before any difference, and how far those are off."""
+    off = []
+    for old, new in zip(known, found, strict=True):
+        for a, b in zip(old, new, strict=True):
+            if a.chosen.token_id != b.chosen.token_id:
+                break
+            off.append(abs(a.chosen.logprob - b.chosen.logprob))
+    return len(off) / sum(map(len, known)), off
 
 
 def prefix(folder: Path, rounds: int) -> None:
@@ -505,6 +555,7 @@ MODES = {
     "line": line,
     "bytes": moved_bytes,
     "rotation": rotation,
+    "dtypes": dtypes,
     "prefix": prefix,
 }
 

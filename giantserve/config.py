@@ -13,6 +13,8 @@ class EngineConfig:
     ``layer_split`` is the number of layers of each pipeline stage.
     ``prompt_tokens`` to ``tpot_limit_s`` are what the planner is to expect, a `partition.Workload`;
     ``objective`` is the name of a `partition.Objective`: what its plan is to be best at.
+    ``kv_storage_dtype`` is how KV lies on host and NVMe: as it is ("auto"), or in one byte an
+    element, "int8" or "fp8", which loses accuracy.
     ``prefix_memory`` is NVMe for cached prefixes, which then outlive the engine;
     ``tenant_prefix_share`` is how much of each tier the cached prefixes of one tenant may fill.
     ``storage_backend`` is "posix", "deepnvme" or the faster ("auto").
@@ -42,6 +44,7 @@ class EngineConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int | None = None
+    kv_storage_dtype: str = "auto"
     enable_prefix_caching: bool = True
     tenant_prefix_share: float = 1.0
     max_queued_requests: int = 1024

@@ -69,7 +69,11 @@ class Shard:
         self.host_arena = Arena(Tier.HOST, budget.host_bytes, torch.device("cpu"))
         self._kv = KVStore(
             profile.kv_layout(
-                *layers, plan.block_size, tensor_parallel.rank, tensor_parallel.world
+                *layers,
+                plan.block_size,
+                tensor_parallel.rank,
+                tensor_parallel.world,
+                plan.kv_storage_dtype,
             ),
             device_arena=self.device_arena,
             host_arena=self.host_arena,
@@ -85,7 +89,7 @@ class Shard:
             spec.nvme_dir,
             spec.storage_backend,
         )
-        self._rotation = self._make_rotation(spec, source.key)
+        self._rotation = self._make_rotation(spec, f"{source.key}-kv-{plan.kv_storage_dtype}")
         self._weights = self._load_weights(source, progress)
         resident = {p.unit for p in self._shard.placements if p.tier is Tier.DEVICE}
         self._model.attach(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,10 +44,12 @@ class _Moves:
     what lies in memory, ``scatters`` (target, slots, its rows), where a source or target is DEVICE
     or HOST; ``reads`` and ``writes`` runs of slots whose blocks are neighbours on NVMe. ``tails``
     and ``kept`` are (slots, tail rows) before and after the pass; ``filled`` blocks leave their
-    tail rows with it."""
+    tail rows with it. Slots ``near`` are those of ``tails``: they are read with their neighbours,
+    since one long read is faster than two short ones, and what is read there counts for nothing."""
 
     micro_batch: MicroBatch
     gathers: tuple[tuple[Tier, slice, torch.Tensor], ...]
+    near: frozenset[int]
     tails: tuple[torch.Tensor, torch.Tensor]
     reads: tuple[slice, ...]
     scatters: tuple[tuple[Tier, torch.Tensor, torch.Tensor], ...]
@@ -303,13 +305,14 @@ class KVRotation:
                 where = torch.tensor(slots, device=self._buffers[0].device)
                 scatters.append((tier, where, rows.to(self._device_of(tier))))
         on_disk = range(bounds[2], bounds[3])
-        near = [slot for slot in on_disk if slot in tails]
+        near = frozenset(slot for slot in on_disk if slot in tails)
         behind = [slot for slot in micro_batch.written if blocks[slot] >= self._first_nvme]
         return _Moves(
             micro_batch=micro_batch,
             gathers=tuple(gathers),
-            tails=_index(near, [tails[slot] for slot in near]),
-            reads=tuple(_runs(blocks, [slot for slot in on_disk if slot not in tails])),
+            near=near,
+            tails=_index(sorted(near), [tails[slot] for slot in sorted(near)]),
+            reads=tuple(run for run in _runs(blocks, on_disk) if not near.issuperset(_slots(run))),
             scatters=tuple(scatters),
             kept=_index(sorted(kept), [self._tails[blocks[slot]] for slot in sorted(kept)]),
             writes=tuple(_runs(blocks, [slot for slot in behind if slot not in kept])),
@@ -406,22 +409,21 @@ class KVRotation:
         for run, future in job.reads:
             if (error := future.exception()) is not None:
                 logger.warning("KV is lost: %s", error)
-                self._lose(job, run, range(run.stop - run.start), landing)
+                lost = [slot for slot in _slots(run) if slot not in job.moves.near]
+                self._lose(job, lost, landing)
                 continue
             block = self._on_nvme(job, run)
             found = self._checks[job.layer].of(landing[run])
             known = self._sums[job.layer, block : block + run.stop - run.start]
-            if wrong := (found != known).nonzero().flatten().tolist():
-                logger.warning("KV is lost: %d blocks fail their checksum", len(wrong))
-                self._lose(job, run, wrong, landing)
+            wrong = (found != known).nonzero().flatten() + run.start
+            if lost := [slot for slot in wrong.tolist() if slot not in job.moves.near]:
+                logger.warning("KV is lost: %d blocks fail their checksum", len(lost))
+                self._lose(job, lost, landing)
         job.reads.clear()
 
-    def _lose(
-        self, job: _Job, run: slice, places: Sequence[int], landing: torch.Tensor | None = None
-    ) -> None:
-        """The blocks at ``places`` within the slots ``run`` have lost their content."""
-        for place in places:
-            slot = run.start + place
+    def _lose(self, job: _Job, slots: Iterable[int], landing: torch.Tensor | None = None) -> None:
+        """The blocks at ``slots`` have lost their content."""
+        for slot in slots:
             self._lost.add(CachedBlock(Tier.DEVICE, job.moves.micro_batch.blocks[slot]))
             if landing is not None:
                 landing[slot] = 0
@@ -462,7 +464,7 @@ class KVRotation:
         for run, future in job.writes:
             if (error := future.exception()) is not None:
                 logger.warning("KV is lost: %s", error)
-                self._lose(job, run, range(run.stop - run.start))
+                self._lose(job, _slots(run))
         job.writes.clear()
 
     def _move(
@@ -493,6 +495,10 @@ class KVRotation:
                     (slot if write else row[part]).copy_(row[part] if write else slot)
                 self.put_back()
             self.end()
+
+
+def _slots(run: slice) -> range:
+    return range(run.start, run.stop)
 
 
 def _aligned(num_bytes: int) -> int:

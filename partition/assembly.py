@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 
+from kvcache.layout import KVLayout
 from kvcache.tier import Tier
 from partition.byte_size import format_bytes
 from partition.cost import (
@@ -81,6 +82,7 @@ class Assembly:
             num_rotating_nvme_blocks=sizing.num_rotating_nvme_blocks,
             num_rotation_slots=sizing.num_rotation_slots,
             num_tail_blocks=sizing.num_tail_blocks,
+            kv_storage_dtype=self.constraints.kv_storage_dtype,
             max_model_len=sizing.max_model_len
             if sizing.num_rotation_slots
             else min(limit, blocks * block_size),
@@ -156,9 +158,16 @@ class Assembly:
         return min(spare)
 
     def _block_bytes(self, run: tuple[int, int], rank: int) -> int:
+        return self._layout(run, rank).block_bytes
+
+    def _layout(self, run: tuple[int, int], rank: int) -> KVLayout:
         return self.table.profile.kv_layout(
-            *run, self.constraints.block_size, rank, self.table.tensor_parallel
-        ).block_bytes
+            *run,
+            self.constraints.block_size,
+            rank,
+            self.table.tensor_parallel,
+            self.constraints.kv_storage_dtype,
+        )
 
     def _shard(
         self,
@@ -173,27 +182,31 @@ class Assembly:
         units = self.table.profile.stage_units(*run)
         tiers = self._unit_tiers(units, rank, choice)
         sizes = {unit.name: self.table.unit_bytes(unit, rank) for unit in units}
-        block_bytes = self._block_bytes(run, rank)
+        block_bytes, sizing = self._block_bytes(run, rank), self.sizing
+        device = self.pool.stages[solution.numbers[stage]].devices[rank]
         return ShardPlan(
             rank=stage * self.table.tensor_parallel + rank,
             stage=stage,
             tp_rank=rank,
             node=place[0],
             device=place[1],
-            budget=self.pool.stages[solution.numbers[stage]].devices[rank].budget,
+            budget=device.budget,
             placements=tuple(
                 UnitPlacement(unit=unit.name, tier=tiers[unit.name], num_bytes=sizes[unit.name])
                 for unit in units
             ),
             ring_bytes=choice.ring_bytes,
             device_kv_bytes=blocks * block_bytes,
-            host_kv_bytes=self.sizing.num_blocks_on_host * block_bytes,
-            nvme_kv_bytes=self.sizing.num_rotating_nvme_blocks
-            * self.sizing.piece_bytes
+            host_kv_bytes=(sizing.num_host_blocks + sizing.num_rotating_host_blocks)
+            * self._layout(run, rank).stored_block_bytes
+            + sizing.num_tail_blocks * block_bytes,
+            nvme_kv_bytes=sizing.num_rotating_nvme_blocks
+            * sizing.stored_piece_bytes
             * (run[1] - run[0]),
             rotation_bytes=self.sizing.rotation_bytes,
             workspace_bytes=self.sizing.workspace_bytes,
-            staging_bytes=choice.staging_bytes,
+            staging_bytes=choice.staging_bytes
+            + (sizing.landing_bytes if sizing.needs_landing(device.staged) else 0),
         )
 
     def _unit_tiers(

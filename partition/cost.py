@@ -73,7 +73,8 @@ class Load:
 class PassShape:
     """The tokens of a pass and the cache they read: ``num_sequences`` times ``context`` positions,
     of which the share ``host_kv`` lies on the host and ``nvme_kv`` on NVMe, and comes in
-    ``micro_batches``; so many tokens of a sequence on NVMe are ``written`` back."""
+    ``micro_batches``; so many tokens of a sequence on NVMe are ``written`` back. Below the device
+    a byte becomes ``stored``."""
 
     num_tokens: int
     num_sequences: int
@@ -81,6 +82,7 @@ class PassShape:
     host_kv: float = 0.0
     nvme_kv: float = 0.0
     written: float = 0.0
+    stored: float = 1.0
     micro_batches: int = 0
 
 
@@ -140,12 +142,13 @@ class CostModel:
         # row-parallel products end each layer's attention and MLP with an all-reduce (Megatron-LM)
         reduce_s = group_link.all_reduce_s(hidden_bytes, self.tensor_parallel)
         send_s = 0.0 if next_link is None else next_link.send_s(hidden_bytes)
-        rotated = kv_bytes * (shape.host_kv + shape.nvme_kv)
+        stored_kv = kv_bytes * shape.stored
+        rotated = stored_kv * (shape.host_kv + shape.nvme_kv)
         link_s = (streamed_bytes + rotated) / rates.host_to_device
-        from_host = streamed_bytes - disk_bytes + kv_bytes * shape.host_kv
+        from_host = streamed_bytes - disk_bytes + stored_kv * shape.host_kv
         from_host_s = from_host / rates.host_to_device
-        written = load.kv_bytes_per_token * (sampled * shape.written * shape.nvme_kv)
-        kv_disk_s = kv_bytes * shape.nvme_kv / rates.disk_read + written / rates.disk_write
+        written = load.kv_bytes_per_token * (sampled * shape.written * shape.nvme_kv * shape.stored)
+        kv_disk_s = stored_kv * shape.nvme_kv / rates.disk_read + written / rates.disk_write
         if not rates.copies_overlap:  # there is no link: NVMe is read into place
             link_s = np.asarray(0.0)
         return {

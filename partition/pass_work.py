@@ -17,7 +17,7 @@ from partition.device_pool import DevicePool
 from partition.plan import PartitionPlan, ShardPlan, StagePlan
 from partition.problem import PlanningProblem
 from partition.profile import Unit, UnitKind
-from partition.sizing import rotation_load
+from partition.sizing import rotation_load, stored_share
 from partition.stage_table import StageTable, may_stream
 from partition.workload import Workload
 
@@ -83,7 +83,10 @@ class _Pricing:
             tensor_parallel=plan.tensor_parallel,
             activation_bytes=DTYPE_BYTES[plan.dtype],
         )
-        self._shape = _decode_shape(plan, problem.workload)
+        layout = self._profile.kv_layout(
+            0, self._profile.num_layers, plan.block_size, storage_dtype=plan.kv_storage_dtype
+        )
+        self._shape = replace(_decode_shape(plan, problem.workload), stored=stored_share(layout))
         self._stage_devices = _stage_devices(plan, problem.cluster)
 
     def work(self) -> PassWork:
@@ -222,8 +225,10 @@ class _Pricing:
             "device memory": weights + cached,
             "host link": streams.streamed_bytes
             - left_out * streams.streamed_experts
-            + cached * (shape.host_kv + shape.nvme_kv),
-            "disk": streams.disk_bytes - left_out * streams.disk_experts + cached * shape.nvme_kv,
+            + cached * shape.stored * (shape.host_kv + shape.nvme_kv),
+            "disk": streams.disk_bytes
+            - left_out * streams.disk_experts
+            + cached * shape.stored * shape.nvme_kv,
             "between devices": reduced + sent,
         }
 

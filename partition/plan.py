@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from kvcache.layout import STORAGE_DTYPES
 from kvcache.tier import Tier, TierBudget
 from partition.codec import decode, encode
 from partition.errors import PlanError
@@ -107,7 +108,8 @@ class PartitionPlan:
     Running sequences hold ``num_device_blocks`` and the rotating blocks, which lie on host and NVMe
     and come to the device while they are attended to, through buffers of ``num_rotation_slots``
     pieces of a layer; ``num_tail_blocks`` hold, on the host, blocks that belong on NVMe and are not
-    full yet; ``num_host_blocks`` hold what was demoted.
+    full yet; ``num_host_blocks`` hold what was demoted. ``kv_storage_dtype`` is how KV lies on host
+    and NVMe.
     ``expert_parallel``: the ranks of a stage deal out whole experts, instead of cutting each.
     """
 
@@ -131,6 +133,7 @@ class PartitionPlan:
     num_rotating_nvme_blocks: int = 0
     num_rotation_slots: int = 0
     num_tail_blocks: int = 0
+    kv_storage_dtype: str = "auto"
     version: int = PLAN_VERSION
 
     @property
@@ -190,6 +193,11 @@ class PartitionPlan:
             raise PlanError(
                 "expert_parallel is true, but tensor_parallel is 1: one rank has nobody to deal "
                 "experts out to"
+            )
+        if self.kv_storage_dtype not in STORAGE_DTYPES:
+            raise PlanError(
+                f"kv_storage_dtype is {self.kv_storage_dtype!r}; there are "
+                f"{', '.join(STORAGE_DTYPES)}"
             )
         if self.passes_in_flight > self.pipeline_parallel:
             raise PlanError(

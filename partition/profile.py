@@ -238,7 +238,13 @@ class ModelProfile:
         return tuple(reversed(units))
 
     def kv_layout(
-        self, first_layer: int, end_layer: int, block_size: int, rank: int = 0, world: int = 1
+        self,
+        first_layer: int,
+        end_layer: int,
+        block_size: int,
+        rank: int = 0,
+        world: int = 1,
+        storage_dtype: str = "auto",
     ) -> KVLayout:
         """How a KV block lies on one shard of a stage."""
         layers = self.kv_layers[first_layer:end_layer]
@@ -247,4 +253,6 @@ class ModelProfile:
             layers = tuple(
                 replace(spec, key_heads=stop - start, value_heads=stop - start) for spec in layers
             )
-        return KVLayout(layers=layers, block_size=block_size, dtype=self.dtype)
+        return KVLayout(
+            layers=layers, block_size=block_size, dtype=self.dtype, storage_dtype=storage_dtype
+        )

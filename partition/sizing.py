@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, TypedDict
 
-from kvcache.layout import DTYPE_BYTES
+import numpy as np
+
+from kvcache.layout import DTYPE_BYTES, KVLayout
 from kvcache.micro_batch import NUM_BUFFERS
 from kvcache.tier import TierBudget
-from partition.cost import PassShape, page_rounded
+from partition.cost import Array, PassShape, page_rounded
 from partition.errors import PlanError
 from partition.profile import ModelProfile
 from partition.workload import Constraints, Workload
@@ -21,6 +23,8 @@ MIN_BATCHED_TOKENS, MAX_BATCHED_TOKENS = 64, 2048
 MAX_NUM_SEQS = 64
 LEAST_MODEL_LEN = 64
 ROTATION_SHARE = 16
+STORED_PIECE_SLACK = 8
+"""Bytes by which the part of a stored piece that one rank holds may exceed its share."""
 DEVICE_KV_PARTS = (2, 4, 16)
 """With rotation, the device holds one of so many parts of the blocks, or more where it has room."""
 
@@ -31,7 +35,8 @@ class Sizing:
     left after workspace and ring that KV may take while weights stream; None: as much as the blocks
     need. ``num_decoding`` sequences of the workload's length find room together. Rotating blocks
     pass through ``num_rotation_slots`` of ``piece_bytes`` a buffer; those that belong on NVMe are
-    among ``num_tail_blocks`` on the host until they are full."""
+    among ``num_tail_blocks`` on the host until they are full. Below the device a piece takes
+    ``stored_piece_bytes`` of whole pages, a block ``stored_share`` of what it takes on it."""
 
     block_size: int
     num_device_blocks: int
@@ -47,6 +52,8 @@ class Sizing:
     num_rotation_slots: int = 0
     num_tail_blocks: int = 0
     piece_bytes: int = 0
+    stored_piece_bytes: int = 0
+    stored_share: float = 1.0
 
     @property
     def num_active_blocks(self) -> int:
@@ -54,9 +61,21 @@ class Sizing:
         beyond = self.num_rotating_host_blocks + self.num_rotating_nvme_blocks
         return self.num_device_blocks + beyond
 
+    def stored_bytes(self, block_bytes: Array, num_layers: Array) -> Array:
+        """What a block takes below the device at most, of so many layers."""
+        if self.stored_share == 1:
+            return np.asarray(block_bytes)
+        return np.ceil(block_bytes * self.stored_share + STORED_PIECE_SLACK * num_layers)
+
+    def needs_landing(self, staged: bool) -> bool:
+        """Whether blocks cannot be read to where they are attended to."""
+        return self.num_rotation_slots > 0 and (staged or self.stored_share != 1)
+
     @property
-    def num_blocks_on_host(self) -> int:
-        return self.num_host_blocks + self.num_rotating_host_blocks + self.num_tail_blocks
+    def landing_bytes(self) -> int:
+        """Of the host's budget, for the buffers that blocks reach the device through where it
+        cannot be read into, or has another dtype."""
+        return NUM_BUFFERS * self.num_rotation_slots * self.stored_piece_bytes
 
     @property
     def rotation_bytes(self) -> int:
@@ -107,9 +126,12 @@ def sizings(
     limit = constraints.max_model_len or profile.max_position_embeddings
     context = min(workload.context, limit)
     wanted = constraints.max_num_seqs or min(num_seqs, workload.concurrency)
-    whole = profile.kv_layout(0, profile.num_layers, constraints.block_size)
+    whole = profile.kv_layout(
+        0, profile.num_layers, constraints.block_size, storage_dtype=constraints.kv_storage_dtype
+    )
     block_bytes = max(1, whole.block_bytes // stages)
-    host_blocks = budget.host_bytes // HOST_KV_SHARE // block_bytes
+    stored_bytes = max(1, whole.stored_block_bytes // stages)
+    host_blocks = budget.host_bytes // HOST_KV_SHARE // stored_bytes
     most = wanted * math.ceil(context / constraints.block_size)
 
     def sized(blocks: int, kv_share: float | None) -> Sizing:
@@ -126,12 +148,13 @@ def sizings(
             max_num_batched_tokens=num_tokens,
             workspace_bytes=workspace_bytes(profile, width, num_tokens, held),
             kv_share=kv_share,
+            stored_share=stored_share(whole),
         )
 
-    piece_bytes = max(
-        page_rounded(whole.piece(layer).num_bytes) for layer in range(len(whole.layers))
-    )
-    on_nvme_bytes = piece_bytes * math.ceil(profile.num_layers / stages)
+    layers = range(len(whole.layers))
+    piece_bytes = max(page_rounded(whole.piece(layer).num_bytes) for layer in layers)
+    stored_piece_bytes = max(page_rounded(whole.stored_piece(layer).num_bytes) for layer in layers)
+    on_nvme_bytes = stored_piece_bytes * math.ceil(profile.num_layers / stages)
     for_prefixes = (constraints.prefix_memory or 0) // on_nvme_bytes
     longest = math.ceil((constraints.max_model_len or context) / constraints.block_size)
     slots = max(longest, device_bytes // ROTATION_SHARE // (NUM_BUFFERS * piece_bytes))
@@ -143,6 +166,7 @@ def sizings(
             max_model_len=min(made.max_model_len, used * constraints.block_size),
             num_rotation_slots=used,
             piece_bytes=piece_bytes,
+            stored_piece_bytes=stored_piece_bytes,
         )
 
     blocks = most
@@ -155,13 +179,14 @@ def sizings(
         if blocks == least.num_device_blocks:
             break
         blocks //= 2
-    host_room = budget.host_bytes // 2 // block_bytes
+    host_room = budget.host_bytes // 2
     nvme_room = budget.nvme_bytes // 2 // on_nvme_bytes
     for part in DEVICE_KV_PARTS:
         on_device = max(least.num_device_blocks, most // part)
         beyond = max(0, most - on_device)
-        tails = min(wanted, host_room) if beyond > host_room and nvme_room else 0
-        on_host = min(beyond, host_room - tails)
+        beyond_host = beyond * stored_bytes > host_room and nvme_room > 0
+        tails = min(wanted, host_room // block_bytes) if beyond_host else 0
+        on_host = min(beyond, (host_room - tails * block_bytes) // stored_bytes)
         on_nvme = min(beyond - on_host, nvme_room)
         total = on_device + on_host + on_nvme
         if total < longest or total == on_device:
@@ -169,7 +194,10 @@ def sizings(
         made = replace(
             sized(total, 0.5),
             num_device_blocks=on_device,
-            num_host_blocks=min(host_blocks, budget.host_bytes // block_bytes - on_host - tails)
+            num_host_blocks=min(
+                host_blocks,
+                (budget.host_bytes - tails * block_bytes) // stored_bytes - on_host,
+            )
             // 2,
             num_rotating_host_blocks=on_host,
             num_rotating_nvme_blocks=on_nvme + for_prefixes,
@@ -214,6 +242,7 @@ def decode_shape(sizing: Sizing, workload: Workload, passes: int) -> PassShape:
         num_tokens=per_pass,
         num_sequences=per_pass,
         context=context,
+        stored=sizing.stored_share,
         **rotation_load(sizing, batch, context, passes),
     )
 
@@ -240,6 +269,13 @@ class RotationLoad(TypedDict):
     nvme_kv: float
     micro_batches: int
     written: float
+
+
+def stored_share(layout: KVLayout) -> float:
+    """What the bytes of a piece become below the device, at most."""
+    layers = range(len(layout.layers))
+    pieces = [(layout.stored_piece(i).num_bytes, layout.piece(i).num_bytes) for i in layers]
+    return max((stored / held for stored, held in pieces if held), default=1.0)
 
 
 def rotation_load(sized: Rotating, batch: int, context: float, passes: int) -> RotationLoad:

@@ -146,6 +146,8 @@ class StageTimes:
     def _room(self, rank: int, load: Load, device: DeviceSpec) -> Room:
         sizing, budget = self.sizing, device.budget
         block_bytes = load.kv_bytes_per_token * self._block_size
+        stored_bytes = sizing.stored_bytes(block_bytes, load.num_layers)
+        landing_bytes = sizing.landing_bytes if sizing.needs_landing(device.staged) else 0
         held = sizing.workspace_bytes + sizing.rotation_bytes
         left = budget.device_bytes - held - load.small_bytes
         kv = _pages(sizing.num_device_blocks * block_bytes)
@@ -156,12 +158,14 @@ class StageTimes:
             device=np.asarray(left - kv),
             host=np.asarray(
                 budget.host_bytes
-                - _pages(sizing.num_host_blocks * block_bytes)
-                - _pages((sizing.num_blocks_on_host - sizing.num_host_blocks) * block_bytes)
+                - landing_bytes
+                - _pages(sizing.num_host_blocks * stored_bytes)
+                - _pages(sizing.num_rotating_host_blocks * stored_bytes)
+                - _pages(sizing.num_tail_blocks * block_bytes)
             ),
             nvme=np.asarray(
                 budget.nvme_bytes
-                - sizing.num_rotating_nvme_blocks * sizing.piece_bytes * load.num_layers
+                - sizing.num_rotating_nvme_blocks * sizing.stored_piece_bytes * load.num_layers
             ),
             may_stream=within_share,
         )

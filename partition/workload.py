@@ -6,6 +6,7 @@ import enum
 import math
 from dataclasses import dataclass, fields, replace
 
+from kvcache.layout import STORAGE_DTYPES
 from partition.errors import PlanError
 
 
@@ -46,8 +47,9 @@ class Objective(enum.Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
     """What the user has fixed; None leaves it to the planner. ``layer_split`` is the number of
-    layers of each stage in turn; ``prefix_memory`` bytes of each shard's NVMe are for cached
-    prefixes, beside what running sequences need."""
+    layers of each stage in turn; ``kv_storage_dtype`` is how KV lies on host and NVMe (one of
+    `kvcache.layout.STORAGE_DTYPES`), which only the user may make lossy; ``prefix_memory`` bytes of
+    each shard's NVMe are for cached prefixes, beside what running sequences need."""
 
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
@@ -57,6 +59,7 @@ class Constraints:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int = 16
+    kv_storage_dtype: str = "auto"
     prefix_memory: int | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +72,10 @@ def _positive(options: Workload | Constraints) -> None:
         if field.name == "expert_parallel":
             if value not in (None, True, False):
                 raise PlanError(f"expert_parallel is {value}; it must be true or false")
+        elif field.name == "kv_storage_dtype":
+            if value not in STORAGE_DTYPES:
+                known = ", ".join(STORAGE_DTYPES)
+                raise PlanError(f"kv_storage_dtype is {value!r}; there are {known}")
         elif field.name == "layer_split":
             if value is not None and (not value or min(value) < 1):
                 raise PlanError(f"layer_split is {value}; each stage takes at least 1 layer")

@@ -108,6 +108,9 @@ class EngineOptions:
         int | None, typer.Option(min=1, help="Tokens in a pass.", rich_help_panel=LIMITS)
     ] = None
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens in a block of KV.")] = None
+    kv_storage_dtype: Annotated[
+        str, typer.Option(help="KV on host and disk: auto (as it is), int8 or fp8 (lossy).")
+    ] = "auto"
     storage_backend: Annotated[
         str, typer.Option(help="Reads weights from disk: posix, deepnvme, or auto, the faster.")
     ] = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,3 +76,43 @@ def test_rotating_blocks_give_the_tokens_of_transformers(
     if beyond != "host":
         assert moved["nvme", "device"] > moved["device", "nvme"] > 0
         assert list((path / "nvme" / "kv").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "pp"),
+    [("llama", 1, 1), ("llama", 2, 2), ("gemma2", 1, 2), ("deepseek_v3", 1, 1)],
+)
+@pytest.mark.parametrize("storage_dtype", ["int8", "fp8"])
+def test_lossy_storage_is_close(
+    name: str, tp: int, pp: int, storage_dtype: str, models: Path, launcher: Launcher
+) -> None:
+    """Nearly all KV below the device in one byte an element, preempted sequences' too."""
+    path = save_model(name, models)
+    lossless = make_plan(path, tp, pp, "device", device_blocks=24, host_blocks=24)
+    lossless = replace(
+        lossless,
+        num_rotating_host_blocks=8,
+        num_rotating_nvme_blocks=160,
+        num_tail_blocks=8,
+        num_rotation_slots=128 // BLOCK_SIZE + 13,
+    )
+    greedy = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=0)
+    runs, moved = [], []
+    for dtype in ("auto", storage_dtype):
+        plan = replace(lossless, kv_storage_dtype=dtype)
+        with LLM(path, plan=plan, nvme_dir=path / "nvme", launcher=launcher) as llm:
+            runs.append(
+                [output.choices[0].logprobs or [] for output in llm.generate(PROMPTS, greedy)]
+            )
+            links = [link for shard in llm.stats()["shards"] for link in shard["links"]]
+        moved.append(sum(link["bytes"] for link in links if link["source"] == "nvme"))
+    assert all(moved), "nothing came from NVMe: this proves nothing"
+    off = []
+    for exact, lossy in zip(*runs, strict=True):
+        for a, b in zip(exact, lossy, strict=True):
+            if a.chosen.token_id != b.chosen.token_id:
+                break
+            off.append(abs(a.chosen.logprob - b.chosen.logprob))
+    limit = {"int8": 0.02, "fp8": 0.08}[storage_dtype]
+    assert len(off) > len(PROMPTS), "not even the second tokens are the same"
+    assert 0 < statistics.mean(off) < limit

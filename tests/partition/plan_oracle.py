@@ -157,7 +157,10 @@ class Oracle:
         room = device.budget.device_bytes - sizing.workspace_bytes - small
         room -= 3 * sizing.num_rotation_slots * sizing.piece_bytes
         host = device.budget.host_bytes - page_rounded(sizing.num_host_blocks * kv)
-        host -= page_rounded((sizing.num_rotating_host_blocks + sizing.num_tail_blocks) * kv)
+        host -= page_rounded(sizing.num_rotating_host_blocks * kv)
+        host -= page_rounded(sizing.num_tail_blocks * kv)
+        if device.staged:
+            host -= 3 * sizing.num_rotation_slots * sizing.piece_bytes
         nvme = device.budget.nvme_bytes
         nvme -= sizing.num_rotating_nvme_blocks * sizing.piece_bytes * (run[1] - run[0])
         tiers = _assignments_of(len(sizes))

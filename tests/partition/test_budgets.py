@@ -6,6 +6,7 @@ from random import Random
 
 from planner_models import LINK, PAGE, RATES, budget, llama_like
 
+from kvcache.layout import STORAGE_DTYPES
 from kvcache.micro_batch import NUM_BUFFERS
 from kvcache.tier import Tier
 from partition import (
@@ -31,7 +32,11 @@ def test_no_plan_of_ten_thousand_exceeds_a_budget() -> None:
         )
         cluster = _cluster(random)
         load = Workload(prompt_tokens=48, output_tokens=16, concurrency=random.randint(1, 8))
-        fixed = Constraints(max_num_batched_tokens=64)
+        fixed = Constraints(
+            max_num_batched_tokens=64,
+            kv_storage_dtype=random.choice(STORAGE_DTYPES),
+            prefix_memory=random.choice([None, 40 * PAGE]),
+        )
         queue = PlanQueue(model, cluster, load, Objective.MAX_THROUGHPUT, fixed)
         for made in queue.ranked("", 12):
             made.validate()
@@ -73,24 +78,28 @@ def _recount(made: PartitionPlan, model: ModelProfile, cluster: ClusterSpec) -> 
         for shard in stage.shards:
             node = nodes[shard.node]
             device = node.devices[node.device_names.index(shard.device)]
-            layout = model.kv_layout(*run, made.block_size, shard.tp_rank, world)
-            block = layout.block_bytes
-            pages = [
-                -(-layout.piece(i).num_bytes // 4096) * 4096 for i in range(len(layout.layers))
-            ]
+            layout = model.kv_layout(
+                *run, made.block_size, shard.tp_rank, world, made.kv_storage_dtype
+            )
+            layers = range(len(layout.layers))
+            pages = [-(-layout.piece(i).num_bytes // 4096) * 4096 for i in layers]
+            stored = [-(-layout.stored_piece(i).num_bytes // 4096) * 4096 for i in layers]
+            rotating = NUM_BUFFERS * made.num_rotation_slots
             held = dict.fromkeys(Tier, 0)
             assert [placement.unit for placement in shard.placements] == list(units)
             for placement in shard.placements:
                 unit = units[placement.unit]
                 held[placement.tier] += unit.num_bytes(model.heads, shard.tp_rank, world)
-            held[Tier.DEVICE] += made.num_device_blocks * block
+            held[Tier.DEVICE] += made.num_device_blocks * layout.block_bytes
             held[Tier.DEVICE] += shard.ring_bytes + shard.workspace_bytes
-            held[Tier.DEVICE] += NUM_BUFFERS * made.num_rotation_slots * max(pages)
-            host_blocks = (
-                made.num_host_blocks + made.num_rotating_host_blocks + made.num_tail_blocks
-            )
-            held[Tier.HOST] += host_blocks * block + shard.staging_bytes
-            held[Tier.NVME] += made.num_rotating_nvme_blocks * sum(pages)
+            held[Tier.DEVICE] += rotating * max(pages)
+            held[Tier.HOST] += shard.staging_bytes
+            if device.staged or made.kv_storage_dtype != "auto":
+                assert shard.staging_bytes >= rotating * max(stored)
+            host_blocks = made.num_host_blocks + made.num_rotating_host_blocks
+            held[Tier.HOST] += host_blocks * layout.stored_block_bytes
+            held[Tier.HOST] += made.num_tail_blocks * layout.block_bytes
+            held[Tier.NVME] += made.num_rotating_nvme_blocks * sum(stored)
             limits = device.budget
             assert held[Tier.DEVICE] <= limits.device_bytes
             assert held[Tier.HOST] <= limits.host_bytes
