@@ -101,6 +101,7 @@ def test_sampling_params(fields: dict[str, Any], message: str) -> None:
         ({"threads_per_shard": 0}, "0"),
         ({"max_queued_requests": 0}, "0"),
         ({"tenant_prefix_share": 1.5}, "tenant_prefix_share is 1.5"),
+        ({"kv_storage_dtype": "int4"}, "there are auto, int8, fp8"),
         ({"max_model_len": 10**9}, "1000000000"),
     ],
 )
