@@ -55,7 +55,7 @@ BUDGET = 8 << 30
 PREFIX_TOKENS, FEW_BLOCKS = 2000, 4
 MIXTURE_DEVICE = 512 << 20
 MIXTURE = {
-    "vocab_size": 16000,
+    "vocab_size": 32000,
     "hidden_size": 1024,
     "intermediate_size": 2048,
     "moe_intermediate_size": 512,
@@ -349,8 +349,8 @@ def prefix(folder: Path, rounds: int) -> None:
 
 
 def write_mixture(folder: Path) -> Path:
-    """A bf16 Qwen3-MoE shape of 1.7 GB, nearly all of it experts; written once."""
-    path = folder / "qwen3-moe-1.7gb"
+    """A bf16 Qwen3-MoE shape of 1.8 GB, nearly all of it experts; written once."""
+    path = folder / "qwen3-moe-1.8gb"
     if not (path / "config.json").exists():
         config = transformers.Qwen3MoeConfig(**MIXTURE, dtype="bfloat16")
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
