@@ -374,8 +374,8 @@ def experts(folder: Path, rounds: int) -> None:
         end="",
     )
     print(f"{MIXTURE['num_experts_per_tok']} of {MIXTURE['num_experts']} for a token\n")
-    print("| batch | read a pass, of all experts | expected | decode pass s | forecast s |")
-    print("|---|---|---|---|---|")
+    print("| batch | experts needed | read a pass MB | expected MB | decode pass s | forecast s |")
+    print("|---|---|---|---|---|---|")
     for batch in (1, 4, 16, 64):
         options = {
             "device_memory": MIXTURE_DEVICE,
@@ -394,11 +394,18 @@ def experts(folder: Path, rounds: int) -> None:
                 rate, _ = decode_rate(llm, batch, 16, prompt_tokens=16)
                 after = _read(llm)
                 passes.append(batch / rate)
-                read.append((after[1] - before[1]) / (after[0] - before[0]) / routed)
+                read.append((after[1] - before[1]) / (after[0] - before[0]) / 1e6)
             forecast = llm.plan.forecast.decode_pass_s
+            streams = sum(
+                p.num_bytes
+                for p in llm.plan.shards[0].placements
+                if p.tier is Tier.NVME and p.unit != "embedding"
+            )
         share = profile.streamed_expert_share(batch)
+        expected = streams - (1 - share) * routed
         print(
-            f"| {batch} | {spread(read, 2)} | {share:.2f} | {spread(passes)} | {forecast:.3f} |",
+            f"| {batch} | {share:.0%} | {spread(read, 0)} | {expected / 1e6:.0f} "
+            f"| {spread(passes)} | {forecast:.3f} |",
             flush=True,
         )
 
