@@ -126,8 +126,6 @@ class CostModel:
         held = np.maximum(load.dense_bytes + load.expert_bytes, 1.0)
         share = np.minimum(1.0, streamed_bytes / held)
         read = self.profile.streamed_expert_share(tokens)
-        streamed_bytes = streamed_bytes - (1 - read) * streamed_experts
-        disk_bytes = disk_bytes - (1 - read) * disk_experts
         routed_s = read * disk_experts / rates.disk_read
         if rates.copies_overlap:
             routed_s = routed_s + read * (streamed_experts - disk_experts) / rates.host_to_device
@@ -142,15 +140,9 @@ class CostModel:
         # row-parallel products end each layer's attention and MLP with an all-reduce (Megatron-LM)
         reduce_s = group_link.all_reduce_s(hidden_bytes, self.tensor_parallel)
         send_s = 0.0 if next_link is None else next_link.send_s(hidden_bytes)
-        stored_kv = kv_bytes * shape.stored
-        rotated = stored_kv * (shape.host_kv + shape.nvme_kv)
-        link_s = (streamed_bytes + rotated) / rates.host_to_device
-        from_host = streamed_bytes - disk_bytes + stored_kv * shape.host_kv
-        from_host_s = from_host / rates.host_to_device
-        written = load.kv_bytes_per_token * (sampled * shape.written * shape.nvme_kv * shape.stored)
-        kv_disk_s = stored_kv * shape.nvme_kv / rates.disk_read + written / rates.disk_write
-        if not rates.copies_overlap:  # there is no link: NVMe is read into place
-            link_s = np.asarray(0.0)
+        copies_s, link_s, disk_s = self.transfers(
+            load, shape, rates, streamed_bytes, disk_bytes, streamed_experts, disk_experts
+        )
         return {
             "device memory": touched / rates.device_memory,
             "compute": products * ((1 - share) / fast + share / slow),
@@ -160,10 +152,37 @@ class CostModel:
             "latency": load.num_layers * (1 + shape.micro_batches) * runtime.layer_latency_s
             + runtime.pass_latency_s,
             "routed experts": np.asarray(routed_s if read < 1 else 0.0),
-            "copies": np.asarray(0.0 if rates.copies_overlap else from_host_s),
-            "host link": np.asarray(link_s),
-            "disk": np.asarray(disk_bytes / rates.disk_read + kv_disk_s),
+            "copies": copies_s,
+            "host link": link_s,
+            "disk": disk_s,
         }
+
+    def transfers(
+        self,
+        load: Load,
+        shape: PassShape,
+        rates: Bandwidths,
+        streamed_bytes: Array | float,
+        disk_bytes: Array | float,
+        streamed_experts: Array | float,
+        disk_experts: Array | float,
+    ) -> tuple[Array, Array, Array]:
+        """The terms "copies", "host link" and "disk" of `terms`."""
+        left_out = 1 - self.profile.streamed_expert_share(shape.num_tokens)
+        streamed_bytes = streamed_bytes - left_out * streamed_experts
+        disk_bytes = disk_bytes - left_out * disk_experts
+        per_token = load.kv_bytes_per_token * (shape.num_sequences * shape.stored)
+        kv_bytes = per_token * shape.context
+        disk_s = disk_bytes / rates.disk_read + kv_bytes * (shape.nvme_kv / rates.disk_read)
+        disk_s = disk_s + per_token * (shape.written * shape.nvme_kv / rates.disk_write)
+        nothing = np.asarray(0.0)
+        if rates.copies_overlap:
+            rotated = kv_bytes * (shape.host_kv + shape.nvme_kv)
+            link_s = (streamed_bytes + rotated) / rates.host_to_device
+            return nothing, np.asarray(link_s), np.asarray(disk_s)
+        # there is no link: NVMe is read into place
+        from_host = streamed_bytes - disk_bytes + kv_bytes * shape.host_kv
+        return np.asarray(from_host / rates.host_to_device), nothing, np.asarray(disk_s)
 
 
 def compute_time(terms: dict[str, Array]) -> Array:

@@ -49,6 +49,7 @@ class DevicePool:
         self._numbers: dict[StageDevices, int] = {}
         self._groups: dict[tuple[int, int], tuple[tuple[Group, ...], bool]] = {}
         self._homes: dict[Group, dict[int, int]] = {}
+        self._dealt: dict[tuple[int, int, int], DeviceSpec] = {}
         self._numbered: dict[tuple[Sequence, bool], tuple[int, ...]] = {}
         self._made: dict[tuple[Group, tuple[tuple[int, int], ...], Link | None], int] = {}
 
@@ -183,7 +184,9 @@ class DevicePool:
         if key not in self._made:
             nodes = dict.fromkeys(self.classes[index].node for index in group)
             users = dict(zip(nodes, shares, strict=True))
-            shared = {index: self._shared(self.classes[index], users) for index in group}
+            shared = {
+                index: self._shared(index, *users[self.classes[index].node]) for index in group
+            }
             held = StageDevices(
                 devices=tuple(shared[index] for index in group),  # equal ones are one object
                 group_link=self._group_link(group),
@@ -195,14 +198,20 @@ class DevicePool:
             self._made[key] = self._numbers[held]
         return self._made[key]
 
-    def _shared(self, of: DeviceClass, users: dict[int, tuple[int, int]]) -> DeviceSpec:
-        at_once, ever = users[of.node]
-        shared = self._node(of).shared
-        cores = self._node(of).num_cores or ever
-        dealt = max(at_once, min(ever, cores))
-        rates = of.device.bandwidths.shared_by(dealt, tuple(r for r in shared if r == "compute"))
-        rates = rates.shared_by(at_once, tuple(r for r in shared if r != "compute"))
-        return replace(of.device, bandwidths=rates, name="")
+    def _shared(self, index: int, at_once: int, ever: int) -> DeviceSpec:
+        """A device of that class, with its part of what so many share ``at_once``, or ``ever``."""
+        key = index, at_once, ever
+        if key not in self._dealt:
+            of = self.classes[index]
+            shared = self._node(of).shared
+            cores = self._node(of).num_cores or ever
+            dealt = max(at_once, min(ever, cores))
+            rates = of.device.bandwidths.shared_by(
+                dealt, tuple(r for r in shared if r == "compute")
+            )
+            rates = rates.shared_by(at_once, tuple(r for r in shared if r != "compute"))
+            self._dealt[key] = replace(of.device, bandwidths=rates, name="")
+        return self._dealt[key]
 
     def _node(self, of: DeviceClass) -> NodeSpec:
         return self.cluster.nodes[of.node]

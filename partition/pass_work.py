@@ -83,10 +83,8 @@ class _Pricing:
             tensor_parallel=plan.tensor_parallel,
             activation_bytes=DTYPE_BYTES[plan.dtype],
         )
-        layout = self._profile.kv_layout(
-            0, self._profile.num_layers, plan.block_size, storage_dtype=plan.kv_storage_dtype
-        )
-        self._shape = replace(_decode_shape(plan, problem.workload), stored=stored_share(layout))
+        share = stored_share(self._profile, plan.block_size, plan.kv_storage_dtype)
+        self._shape = replace(_decode_shape(plan, problem.workload), stored=share)
         self._stage_devices = _stage_devices(plan, problem.cluster)
 
     def work(self) -> PassWork:

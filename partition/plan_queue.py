@@ -31,15 +31,18 @@ from partition.workload import Constraints, Objective, Workload
 EVEN_ABOVE = 8
 """Above this many ranks a stage is split only so that each has as many heads, unless the user says
 otherwise: the others are hardly better than one of these, and many."""
+COARSE_STEPS = 2
+"""A coarse bound counts as few tokens as a power of 2^this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A layout and sizing; then with ``search`` its times, with ``sequence`` its devices, with
-    ``solution`` all of it."""
+    """A layout and sizing, ``bounded`` by those of many; then with ``search`` its times, with
+    ``sequence`` its devices, with ``solution`` all of it."""
 
     layout: Layout
     sizing: Sizing
+    bounded: bool = False
     search: LayoutSearch | None = None
     sequence: Sequence | None = None
     solution: Solution | None = None
@@ -130,32 +133,26 @@ class PlanQueue:
         """The candidates with their solutions, best first; each device order of each."""
         heap = _Heap(self._scoring)
         for layout, sizing in candidates:
-            heap.push(Candidate(layout=layout, sizing=sizing), self._first_bound(layout, sizing))
+            bound = self._first_bound(layout, sizing, coarse=True)
+            heap.push(Candidate(layout=layout, sizing=sizing), bound)
         while heap.items:
             candidate = heap.pop()
             layout, sizing, search = candidate.layout, candidate.sizing, candidate.search
             if candidate.solution is not None:
                 yield candidate
+            elif not candidate.bounded:
+                bound = self._first_bound(layout, sizing)
+                heap.push(Candidate(layout=layout, sizing=sizing, bounded=True), bound)
             elif search is None:
                 search = self._search(layout, sizing)
-                opened = Candidate(layout=layout, sizing=sizing, search=search)
+                opened = Candidate(layout=layout, sizing=sizing, bounded=True, search=search)
                 heap.push(opened, search.bound())
             elif candidate.sequence is None:
                 for bound, sequence in search.expand(self._stage_orders(layout)):
-                    heap.push(
-                        Candidate(layout=layout, sizing=sizing, search=search, sequence=sequence),
-                        bound,
-                    )
+                    heap.push(replace(candidate, sequence=sequence), bound)
             else:
                 cycle, solution = search.refine(candidate.sequence)
-                refined = Candidate(
-                    layout=layout,
-                    sizing=sizing,
-                    search=search,
-                    sequence=candidate.sequence,
-                    solution=solution,
-                )
-                heap.push(refined, cycle)
+                heap.push(replace(candidate, solution=solution), cycle)
 
     def _check_devices(self) -> None:
         fixed = self._constraints
@@ -203,19 +200,22 @@ class PlanQueue:
             nvme_bytes=min(budget.nvme_bytes for budget in budgets),
         )
         sizes = sorted({budget.device_bytes for budget in budgets}, reverse=True)
+        known: dict[tuple[int, int], dict[Sizing, None]] = {}
         for layout in self._layouts():
-            found: dict[Sizing, None] = {}
-            for device_bytes in sizes:
-                of_budget = sizings(
-                    self._profile,
-                    replace(least, device_bytes=device_bytes),
-                    self._table(layout).width,
-                    layout.pipeline_parallel,
-                    self._workload,
-                    self._constraints,
-                )
-                found.update(dict.fromkeys(of_budget))
-            yield from ((layout, sizing) for sizing in found if self._may_run(layout, sizing))
+            key = self._table(layout).width, layout.pipeline_parallel
+            if key not in known:
+                known[key] = {
+                    sizing: None
+                    for device_bytes in sizes
+                    for sizing in sizings(
+                        self._profile,
+                        replace(least, device_bytes=device_bytes),
+                        *key,
+                        self._workload,
+                        self._constraints,
+                    )
+                }
+            yield from ((layout, sizing) for sizing in known[key] if self._may_run(layout, sizing))
 
     def _least_candidates(self) -> Iterator[tuple[Layout, Sizing]]:
         for layout in self._layouts():
@@ -266,15 +266,18 @@ class PlanQueue:
             self._orders[key] = stage_orders(self._pool, *key)
         return self._orders[key]
 
-    def _first_bound(self, layout: Layout, sizing: Sizing) -> float:
+    def _first_bound(self, layout: Layout, sizing: Sizing, *, coarse: bool = False) -> float:
         """A cheap lower bound of the cycle, shared by many candidates: every stage on the best
-        group of devices, with the least KV and no more tokens than the pass has."""
+        group of devices, with the least KV and no more tokens than the pass has. ``coarse``: shared
+        by more of them, with far fewer tokens, no context and no KV that rotates."""
         shape = self._scoring.shape(layout, sizing)
-        shape = replace(
-            shape,
-            num_tokens=_power_of_two(shape.num_tokens),
-            num_sequences=_power_of_two(shape.num_sequences),
-        )
+        steps = COARSE_STEPS if coarse else 1
+        num_tokens = _power_of_two(shape.num_tokens, steps)
+        num_sequences = _power_of_two(shape.num_sequences, steps)
+        if coarse:
+            shape = PassShape(num_tokens=num_tokens, num_sequences=num_sequences, context=0.0)
+        else:
+            shape = replace(shape, num_tokens=num_tokens, num_sequences=num_sequences)
         groups, _ = self._pool.groups(layout.tensor_parallel, layout.pipeline_parallel)
         if not groups:
             return math.inf
@@ -306,6 +309,6 @@ class PlanQueue:
         return assembly.plan(candidate.solution)
 
 
-def _power_of_two(number: int) -> int:
-    """The largest power of two that is no larger."""
-    return 1 << (number.bit_length() - 1)
+def _power_of_two(number: int, steps: int) -> int:
+    """The largest power of 2^steps that is no larger."""
+    return 1 << (number.bit_length() - 1) // steps * steps

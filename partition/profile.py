@@ -237,6 +237,12 @@ class ModelProfile:
                 units.append(replace(unit, parameters=kept))
         return tuple(reversed(units))
 
+    @cached_property
+    def kv_layer_kinds(self) -> tuple[KVLayerSpec, ...]:
+        """One layer of each that caches something else."""
+        kinds = {replace(spec, layer=0): spec for spec in self.kv_layers}
+        return tuple(kinds.values())
+
     def kv_layout(
         self,
         first_layer: int,

@@ -148,12 +148,14 @@ def sizings(
             max_num_batched_tokens=num_tokens,
             workspace_bytes=workspace_bytes(profile, width, num_tokens, held),
             kv_share=kv_share,
-            stored_share=stored_share(whole),
+            stored_share=share,
         )
 
-    layers = range(len(whole.layers))
-    piece_bytes = max(page_rounded(whole.piece(layer).num_bytes) for layer in layers)
-    stored_piece_bytes = max(page_rounded(whole.stored_piece(layer).num_bytes) for layer in layers)
+    share = stored_share(profile, constraints.block_size, constraints.kv_storage_dtype)
+    kinds = replace(whole, layers=profile.kv_layer_kinds)
+    each = range(len(kinds.layers))
+    piece_bytes = max(page_rounded(kinds.piece(kind).num_bytes) for kind in each)
+    stored_piece_bytes = max(page_rounded(kinds.stored_piece(kind).num_bytes) for kind in each)
     on_nvme_bytes = stored_piece_bytes * math.ceil(profile.num_layers / stages)
     for_prefixes = (constraints.prefix_memory or 0) // on_nvme_bytes
     longest = math.ceil((constraints.max_model_len or context) / constraints.block_size)
@@ -271,10 +273,16 @@ class RotationLoad(TypedDict):
     written: float
 
 
-def stored_share(layout: KVLayout) -> float:
+def stored_share(profile: ModelProfile, block_size: int, storage_dtype: str) -> float:
     """What the bytes of a piece become below the device, at most."""
-    layers = range(len(layout.layers))
-    pieces = [(layout.stored_piece(i).num_bytes, layout.piece(i).num_bytes) for i in layers]
+    kinds = KVLayout(
+        layers=profile.kv_layer_kinds,
+        block_size=block_size,
+        dtype=profile.dtype,
+        storage_dtype=storage_dtype,
+    )
+    each = range(len(kinds.layers))
+    pieces = [(kinds.stored_piece(kind).num_bytes, kinds.piece(kind).num_bytes) for kind in each]
     return max((stored / held for stored, held in pieces if held), default=1.0)
 
 

@@ -201,17 +201,13 @@ class StageTable:
     @cached_property
     def _longest_rings(self) -> list[int]:
         whole = self.profile.stage_units(0, self.profile.num_layers)
-        return [
-            ring_bytes(
-                [
-                    each.size
-                    for each in self.stream_classes(whole, rank)
-                    for _ in range(each.number)
-                ],
-                min(RING_DEPTHS),
-            )
-            for rank in range(self.tensor_parallel)
-        ]
+        known: dict[int, int] = {}  # ranks with equal loads hold equal units
+        for rank, load in enumerate(self.loads):
+            if id(load) not in known:
+                classes = self.stream_classes(whole, rank)
+                sizes = [each.size for each in classes for _ in range(each.number)]
+                known[id(load)] = ring_bytes(sizes, min(RING_DEPTHS))
+        return [known[id(load)] for load in self.loads]
 
     @cached_property
     def width(self) -> int:

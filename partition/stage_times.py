@@ -52,6 +52,7 @@ class StageTimes:
         self._allowed = None if layer_split is None else _runs_of(layer_split)
         self._tiers = tiers
         self._by_group: dict[int, NDArray[np.float64]] = {}
+        self._ranks: dict[object, tuple[NDArray[np.float64], NDArray[np.bool_]]] = {}
         self._exact: dict[int, NDArray[np.bool_]] = {}
 
     def times(self, number: int, held: StageDevices) -> NDArray[np.float64]:
@@ -154,19 +155,19 @@ class StageTimes:
         within_share = np.asarray(kv >= 0)
         if sizing.kv_share is not None:
             within_share = kv <= sizing.kv_share * (left - self.table.longest_ring_bytes(rank))
+        host = np.asarray(float(budget.host_bytes - landing_bytes))
+        for count, size in (
+            (sizing.num_host_blocks, stored_bytes),
+            (sizing.num_rotating_host_blocks, stored_bytes),
+            (sizing.num_tail_blocks, block_bytes),
+        ):
+            if count:
+                host = host - _pages(count * size)
+        rotating = sizing.num_rotating_nvme_blocks * sizing.stored_piece_bytes
         return Room(
             device=np.asarray(left - kv),
-            host=np.asarray(
-                budget.host_bytes
-                - landing_bytes
-                - _pages(sizing.num_host_blocks * stored_bytes)
-                - _pages(sizing.num_rotating_host_blocks * stored_bytes)
-                - _pages(sizing.num_tail_blocks * block_bytes)
-            ),
-            nvme=np.asarray(
-                budget.nvme_bytes
-                - sizing.num_rotating_nvme_blocks * sizing.stored_piece_bytes * load.num_layers
-            ),
+            host=np.asarray(host),
+            nvme=np.asarray(budget.nvme_bytes - rotating * load.num_layers),
             may_stream=within_share,
         )
 
@@ -175,48 +176,58 @@ class StageTimes:
         as nothing), and whether it is exactly this."""
         slowest = np.zeros_like(self.table.group_loads[0].num_layers)
         exact = np.ones(slowest.shape, dtype=np.bool_)
-        known: set[tuple[int, int]] = set()
+        counted: set[tuple[int, int]] = set()
         for rank, device in enumerate(held.devices):
-            load = self.table.group_loads[rank]
-            if (id(load), id(device)) in known:
+            alike = id(self.table.group_loads[rank]), id(device)
+            if alike in counted:
                 continue
-            known.add((id(load), id(device)))
-            room = self._room(rank, load, device)
-            resident = load.stream_bytes <= room.device
-            streamed = np.where(resident, 0.0, load.stream_bytes - room.device)
-            on_disk = np.maximum(0.0, streamed - room.host)
-            # the terms' own least: experts stream before all else, or lie on disk after all else
-            dense = load.stream_bytes - load.routed_bytes
-            bounds = [
-                self.costs.terms(
-                    load,
-                    self.decode,
-                    device.bandwidths,
-                    streamed,
-                    on_disk,
-                    streamed_experts,
-                    disk_experts,
-                    group_link=held.group_link,
-                    next_link=held.next_link,
-                )
-                for streamed_experts, disk_experts in (
-                    (
-                        np.minimum(load.routed_bytes, streamed),
-                        np.minimum(load.routed_bytes, on_disk),
-                    ),
-                    (np.maximum(0.0, streamed - dense), np.maximum(0.0, on_disk - dense)),
-                )
-            ]
-            seconds = np.maximum(
-                np.maximum(bounds[0]["host link"], bounds[0]["disk"]), compute_time(bounds[1])
-            )
-            fits = (room.device >= 0) & (room.host >= 0) & (room.nvme >= 0)
-            fits &= load.stream_bytes + load.embedding_bytes <= room.device + room.host + room.nvme
-            fits &= resident | room.may_stream
-            slowest = np.maximum(slowest, np.where(fits, seconds, np.inf))
-            left = np.maximum(room.device - load.stream_bytes, np.maximum(room.host, room.nvme))
-            exact &= resident & (load.embedding_bytes <= left)
+            counted.add(alike)
+            key = (*alike, held.group_link, held.next_link)
+            if key not in self._ranks:
+                self._ranks[key] = self._lower_bound(rank, held)
+            seconds, is_exact = self._ranks[key]
+            slowest = np.maximum(slowest, seconds)
+            exact &= is_exact
         return slowest, exact | np.isinf(slowest)
+
+    def _lower_bound(
+        self, rank: int, held: StageDevices
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """The same for one rank; inf: it does not fit."""
+        load, device = self.table.group_loads[rank], held.devices[rank]
+        room = self._room(rank, load, device)
+        resident = load.stream_bytes <= room.device
+        streamed = np.where(resident, 0.0, load.stream_bytes - room.device)
+        on_disk = np.maximum(0.0, streamed - room.host)
+        # the terms' own least: experts stream before all else, or lie on disk after all else
+        dense = load.stream_bytes - load.routed_bytes
+        busy = self.costs.terms(
+            load,
+            self.decode,
+            device.bandwidths,
+            streamed,
+            on_disk,
+            np.maximum(0.0, streamed - dense),
+            np.maximum(0.0, on_disk - dense),
+            group_link=held.group_link,
+            next_link=held.next_link,
+        )
+        _, link_s, disk_s = self.costs.transfers(
+            load,
+            self.decode,
+            device.bandwidths,
+            streamed,
+            on_disk,
+            np.minimum(load.routed_bytes, streamed),
+            np.minimum(load.routed_bytes, on_disk),
+        )
+        seconds = np.maximum(np.maximum(link_s, disk_s), compute_time(busy))
+        fits = (room.device >= 0) & (room.host >= 0) & (room.nvme >= 0)
+        fits &= load.stream_bytes + load.embedding_bytes <= room.device + room.host + room.nvme
+        fits &= resident | room.may_stream
+        left = np.maximum(room.device - load.stream_bytes, np.maximum(room.host, room.nvme))
+        exact = resident & (load.embedding_bytes <= left)
+        return np.where(fits, seconds, np.inf), exact
 
 
 def _pages(num_bytes: NDArray[np.float64]) -> NDArray[np.float64]:
