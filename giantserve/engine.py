@@ -17,6 +17,7 @@ from giantserve.config import EngineConfig
 from giantserve.end_tokens import read_end_token_ids
 from giantserve.engine_stats import EngineStats
 from giantserve.errors import (
+    ConfigError,
     EngineDeadError,
     GiantserveError,
     InvalidRequestError,
@@ -104,6 +105,12 @@ class Engine:
         self.config, self.profile = resolution.config, resolution.profile
         self.plan = plan or resolution.plan
         logger.info("plan: %s", self.plan.reason)
+        keeps = config.enable_prefix_caching and self.plan.num_rotating_nvme_blocks > 0
+        if config.prefix_memory is not None and not keeps:
+            raise ConfigError(
+                f"prefix_memory is {config.prefix_memory} bytes, but no block of KV can be kept: "
+                "that takes prefix caching and room for a block; raise it or leave it out"
+            )
         for line in unused_tiers(config, self.plan):
             logger.info("%s", line)
         self.end_token_ids = tuple(sorted(read_end_token_ids(config.model)))

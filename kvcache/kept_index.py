@@ -12,6 +12,9 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+_MISFITS = (IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What tensors of unexpected shapes and dtypes lead to."""
+
 
 @dataclass(frozen=True, slots=True)
 class KeptIndex:
@@ -51,7 +54,7 @@ class KeptIndex:
         """The index at ``path``; an empty one where there is none that fits ``layout``."""
         sums = torch.zeros(num_layers, num_places, dtype=torch.int64)
         with (
-            contextlib.suppress(OSError, safetensors.SafetensorError, KeyError, IndexError),
+            contextlib.suppress(OSError, safetensors.SafetensorError, *_MISFITS),
             safetensors.safe_open(path, framework="pt") as file,
         ):
             if (file.metadata() or {}).get("layout") == layout:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from giantserve import LLM, SamplingParams
 from giantserve.errors import ConfigError, EngineDeadError
 from giantserve.executor.launcher import Launcher
+from kvcache.kept_index import KeptIndex
 from tests.exactness.zoo import reference, save_model
 
 NUM_TOKENS = 12
@@ -166,3 +168,24 @@ def test_two_at_once_both_answer_and_one_keeps(
 def test_more_than_the_disk_may_hold_is_refused(start: Callable[..., LLM]) -> None:
     with pytest.raises(ConfigError, match=r"prefix_memory is 2 MiB, .* lower prefix_memory"):
         start(prefix_memory="2MiB", nvme_memory="1MiB")
+
+
+@pytest.mark.parametrize("options", [{"prefix_memory": 4096}, {"enable_prefix_caching": False}])
+def test_a_memory_that_would_keep_nothing_is_refused(
+    options: dict[str, Any], start: Callable[..., LLM]
+) -> None:
+    with pytest.raises(ConfigError, match="no block of KV can be kept"):
+        start(**options)
+
+
+def test_no_flipped_bit_of_an_index_stops_a_start(tmp_path: Path) -> None:
+    path = tmp_path / "kept.index"
+    sums = torch.arange(12).view(3, 4)
+    KeptIndex({1: bytes(32), 3: bytes([7] * 32)}, sums).write(path, "layout")
+    whole = path.read_bytes()
+    assert set(KeptIndex.read(path, "layout", 3, 4).hashes) == {1, 3}
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        assert set(KeptIndex.read(path, "layout", 3, 4).hashes) <= {0, 1, 2, 3}
