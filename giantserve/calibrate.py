@@ -20,7 +20,7 @@ def calibrate(
     refresh: bool = False,
     cache_folder: Path | None = None,
 ) -> Calibration:
-    """Bandwidths of this machine, from the cache unless ``refresh``; else measured in about 15 s.
+    """Bandwidths of this machine, from the cache unless ``refresh``; else measured in about 20 s.
 
     ``folder`` is where weights would lie on NVMe; it must exist and be writable (PlanError if not).
     What is cached holds for every folder of the same file system.
@@ -36,6 +36,7 @@ def calibrate(
 
 def _measure(folder: Path, device: str, dtype: str) -> Calibration:
     from giantserve.probes.gemm import probe_gemm
+    from giantserve.probes.kv_codec import probe_kv_codecs
     from giantserve.probes.link import probe_link
     from giantserve.probes.memory import probe_memory
     from giantserve.probes.runtime import probe_runtime
@@ -66,6 +67,8 @@ def _measure(folder: Path, device: str, dtype: str) -> Calibration:
             disk_write=disk.write,
             gemm=gemm,
             streamed_gemm=streamed_gemm,
+            disk_blocks=disk.blocks,
+            kv_codecs=probe_kv_codecs(device, dtype),
             copies_overlap=device.startswith("cuda"),
             runtime=probe_runtime(device, dtype),
         ),

@@ -14,7 +14,8 @@ class EngineConfig:
     ``prompt_tokens`` to ``tpot_limit_s`` are what the planner is to expect, a `partition.Workload`;
     ``objective`` is the name of a `partition.Objective`: what its plan is to be best at.
     ``kv_storage_dtype`` is how KV lies on host and NVMe: as it is ("auto"), or in one byte an
-    element, "int8" or "fp8", which loses accuracy.
+    element, "int8" or "fp8", which loses accuracy; of several ("auto,fp8") the planner takes the
+    fastest.
     ``prefix_memory`` is NVMe for cached prefixes, which then outlive the engine;
     ``tenant_prefix_share`` is how much of each tier the cached prefixes of one tenant may fill.
     ``storage_backend`` is "posix", "deepnvme" or the faster ("auto").

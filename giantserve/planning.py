@@ -158,7 +158,7 @@ def _problem(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             block_size=config.block_size or (PAGE_MULTIPLE if device == "cuda" else CPU_BLOCK_SIZE),
-            kv_storage_dtype=config.kv_storage_dtype,
+            kv_storage_dtypes=tuple(name.strip() for name in config.kv_storage_dtype.split(",")),
             prefix_memory=config.prefix_memory,
         ),
     )

@@ -7,6 +7,7 @@ what was encoded once and is encoded again differs by rounding alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,13 @@ from kvcache.layout import SCALE_BYTES, KVLayout
 
 _STORED = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 """By storage dtype: torch's, and the largest value it holds."""
+
+CHUNK_BYTES = 256 << 10
+"""What a CPU converts at a time: its caches hold it, its copy in fp32 and what comes out."""
+
+_FP8_BITS = ~0x780F
+"""Sign, exponent and mantissa of E4M3 four bits further up: those of a bf16 2^120 times smaller,
+as the exponents' biases are 7 and 127."""
 
 
 class _Half(NamedTuple):
@@ -49,31 +57,52 @@ class KVCodec:
 
     def encode(self, pieces: torch.Tensor, stored: torch.Tensor) -> None:
         """Fill ``stored`` [N, bytes] from ``pieces`` [N, bytes], both uint8, on one device."""
-        for half in self._halves:
-            shape = (-1, self._block_size, half.heads, half.dim)
-            found = pieces[:, half.start : half.stop].view(self._dtype).view(shape).float()
-            scales = found.abs().amax((1, 3)) / self._limit
-            scales = torch.where(scales > 0, scales, 1.0)
-            found = found / scales[:, None, :, None]
-            if self._stored is torch.int8:
-                found = found.round()
-            small = found.clamp(-self._limit, self._limit).to(self._stored)
-            size = self._block_size * half.heads * half.dim
-            stored[:, half.stored : half.stored + size] = small.view(torch.uint8).flatten(1)
-            end = half.scales + SCALE_BYTES * half.heads
-            stored[:, half.scales : end] = scales.contiguous().view(torch.uint8)
+        for some, into in self._chunks(pieces, stored):
+            for half in self._halves:
+                shape = (-1, self._block_size, half.heads, half.dim)
+                found = some[:, half.start : half.stop].view(self._dtype).view(shape).float()
+                scales = found.abs().amax((1, 3)) / self._limit
+                scales = torch.where(scales > 0, scales, 1.0)
+                found = found / scales[:, None, :, None]
+                if self._stored is torch.int8:
+                    found.round_()
+                target, target_scales = self._parts(into, half)
+                target.copy_(found.clamp_(-self._limit, self._limit))
+                target_scales.copy_(scales.contiguous().view(torch.uint8))
 
     def decode(self, stored: torch.Tensor, pieces: torch.Tensor) -> None:
         """Fill ``pieces`` from ``stored``: the inverse of `encode`, up to its rounding."""
-        for half in self._halves:
-            size = self._block_size * half.heads * half.dim
-            shape = (-1, self._block_size, half.heads, half.dim)
-            small = stored[:, half.stored : half.stored + size].contiguous().view(self._stored)
-            end = half.scales + SCALE_BYTES * half.heads
-            scales = stored[:, half.scales : end].contiguous().view(torch.float32)
-            found = small.view(shape).float() * scales[:, None, :, None]
-            target = pieces[:, half.start : half.stop].view(self._dtype)
-            target.copy_(found.flatten(1))
+        for into, some in self._chunks(pieces, stored):
+            for half in self._halves:
+                small, found_scales = self._parts(some, half)
+                scales = found_scales.contiguous().view(torch.float32)
+                target = into[:, half.start : half.stop].view(self._dtype).view(small.shape)
+                torch.mul(_widened(small), scales[:, None, :, None], out=target)
+
+    def _chunks(
+        self, pieces: torch.Tensor, stored: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        count = pieces.shape[0]
+        if pieces.device.type == "cpu":
+            count = max(1, CHUNK_BYTES // self._halves[-1].stop)
+        chunks = torch.split(pieces, max(1, count)), torch.split(stored, max(1, count))
+        return zip(*chunks, strict=True)
+
+    def _parts(self, stored: torch.Tensor, half: _Half) -> tuple[torch.Tensor, torch.Tensor]:
+        """The elements [N, block size, heads, dim] and the bytes of their scales."""
+        size = self._block_size * half.heads * half.dim
+        shape = (-1, self._block_size, half.heads, half.dim)
+        elements = stored[:, half.stored : half.stored + size].view(self._stored).view(shape)
+        return elements, stored[:, half.scales : half.scales + SCALE_BYTES * half.heads]
+
+
+def _widened(small: torch.Tensor) -> torch.Tensor:
+    """The elements in a dtype that multiplies fast: torch converts fp8 one by one on a CPU."""
+    if small.dtype is torch.int8:
+        return small
+    bits = small.view(torch.int8).to(torch.int16)
+    bits.bitwise_left_shift_(4).bitwise_and_(_FP8_BITS)
+    return bits.view(torch.bfloat16).mul_(2.0**120)
 
 
 def codecs(layout: KVLayout) -> list[KVCodec | None]:

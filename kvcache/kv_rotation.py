@@ -27,13 +27,11 @@ from kvcache.kept_index import KeptIndex
 from kvcache.kv_codec import codecs
 from kvcache.kv_file import KVFile
 from kvcache.kv_store import KVStore, KVViews, layer_views
-from kvcache.micro_batch import NUM_BUFFERS, MicroBatch
+from kvcache.micro_batch import CHUNK_BYTES, NUM_BUFFERS, MicroBatch
 from kvcache.storage.posix import PosixBackend
 from kvcache.tier import Tier
 from kvcache.trace import Trace
 from kvcache.transfer_stats import Link, TransferStats
-
-CHUNK_BYTES = 1 << 20
 
 logger = logging.getLogger(__name__)
 

@@ -9,6 +9,10 @@ NUM_BUFFERS = 3
 """Of the rotation: one that is attended to, one that is read into, one that is written back."""
 
 
+CHUNK_BYTES = 1 << 20
+"""What is read from NVMe at once, of neighbouring blocks."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockUse:
     """What one sequence needs of its blocks in a pass: the first ``num_loaded`` hold earlier

@@ -2,7 +2,7 @@
 torch."""
 
 from partition.advice import Change, RunnerUp, explain_runners_up, what_would_change
-from partition.bandwidths import Bandwidths, GemmRate, RuntimeRates
+from partition.bandwidths import Bandwidths, CodecRate, DiskRate, GemmRate, RuntimeRates
 from partition.cluster import ClusterSpec, DeviceSpec, NodeLink, NodeSpec
 from partition.errors import BudgetError, PlanError, UnsupportedArchitectureError
 from partition.links import Link
@@ -16,8 +16,10 @@ __all__ = [
     "BudgetError",
     "Change",
     "ClusterSpec",
+    "CodecRate",
     "Constraints",
     "DeviceSpec",
+    "DiskRate",
     "Forecast",
     "GemmRate",
     "Link",

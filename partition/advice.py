@@ -158,6 +158,4 @@ def _scaled(device: DeviceSpec, field: str) -> DeviceSpec:
 
 
 def _faster_disk(node: NodeSpec, device: DeviceSpec) -> DeviceSpec:
-    rates = device.bandwidths
-    faster = replace(rates, disk_read=2 * rates.disk_read, disk_write=2 * rates.disk_write)
-    return replace(device, bandwidths=faster)
+    return replace(device, bandwidths=device.bandwidths.shared_by(0.5, ("disk",)))

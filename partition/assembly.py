@@ -82,7 +82,7 @@ class Assembly:
             num_rotating_nvme_blocks=sizing.num_rotating_nvme_blocks,
             num_rotation_slots=sizing.num_rotation_slots,
             num_tail_blocks=sizing.num_tail_blocks,
-            kv_storage_dtype=self.constraints.kv_storage_dtype,
+            kv_storage_dtype=self.sizing.kv_storage_dtype,
             max_model_len=sizing.max_model_len
             if sizing.num_rotation_slots
             else min(limit, blocks * block_size),
@@ -90,7 +90,7 @@ class Assembly:
             max_num_batched_tokens=sizing.max_num_batched_tokens,
             forecast=forecast,
             expert_parallel=profile.expert_parallel,
-            reason=_reason(self.layout, stages, forecast, batch_size(sizing, self.workload)),
+            reason=_reason(self.layout, sizing, stages, forecast, self.workload),
         )
         plan.validate()
         return plan
@@ -166,7 +166,7 @@ class Assembly:
             self.constraints.block_size,
             rank,
             self.table.tensor_parallel,
-            self.constraints.kv_storage_dtype,
+            self.sizing.kv_storage_dtype,
         )
 
     def _shard(
@@ -201,7 +201,7 @@ class Assembly:
             * self._layout(run, rank).stored_block_bytes
             + sizing.num_tail_blocks * block_bytes,
             nvme_kv_bytes=sizing.num_rotating_nvme_blocks
-            * sizing.stored_piece_bytes
+            * sizing.stored.nvme_piece_bytes
             * (run[1] - run[0]),
             rotation_bytes=self.sizing.rotation_bytes,
             workspace_bytes=self.sizing.workspace_bytes,
@@ -245,7 +245,13 @@ def _spread(names: list[str], count: int) -> set[str]:
     return {name for i, name in enumerate(names) if (i + 1) * count // total > i * count // total}
 
 
-def _reason(layout: Layout, stages: tuple[StagePlan, ...], forecast: Forecast, batch: int) -> str:
+def _reason(
+    layout: Layout,
+    sizing: Sizing,
+    stages: tuple[StagePlan, ...],
+    forecast: Forecast,
+    workload: Workload,
+) -> str:
     shards = [shard for stage in stages for shard in stage.shards]
     held = {tier: sum(shard.weight_bytes(tier) for shard in shards) for tier in Tier}
     where = ", ".join(
@@ -255,8 +261,13 @@ def _reason(layout: Layout, stages: tuple[StagePlan, ...], forecast: Forecast, b
     )
     return (
         f"TP {layout.tensor_parallel} x PP {layout.pipeline_parallel}"
-        f"{', a pass for each stage' if layout.in_turn else ''}, weights {where}: "
+        f"{', a pass for each stage' if layout.in_turn else ''}, weights {where}{_beyond(sizing)}: "
         f"{forecast.binds} binds, "
-        f"{batch} sequences decode at {forecast.tokens_per_s:.3g} tokens/s "
+        f"{batch_size(sizing, workload)} sequences decode at {forecast.tokens_per_s:.3g} tokens/s "
         f"({forecast.decode_pass_s:.3g} s a pass)"
     )
+
+
+def _beyond(sizing: Sizing) -> str:
+    """The storage dtype of KV, where it is not what the model computes in."""
+    return "" if sizing.kv_storage_dtype == "auto" else f", KV below it {sizing.kv_storage_dtype}"

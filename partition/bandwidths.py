@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
+from kvcache.layout import STORAGE_DTYPES
 from partition.errors import FieldError
 
 
@@ -18,6 +20,34 @@ class GemmRate:
     flops_per_s: float
 
     def __post_init__(self) -> None:
+        check_rates(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRate:
+    """Bytes/s of requests of ``block_bytes``, a few at a time."""
+
+    block_bytes: int
+    read: float
+    write: float
+
+    def __post_init__(self) -> None:
+        check_rates(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodecRate:
+    """Bytes/s of KV, counted as it is on the device, that go into a storage dtype and come out of
+    it."""
+
+    storage_dtype: str
+    encode: float
+    decode: float
+
+    def __post_init__(self) -> None:
+        if self.storage_dtype not in STORAGE_DTYPES[1:]:
+            known = ", ".join(STORAGE_DTYPES[1:])
+            raise FieldError("storage_dtype", f"{self.storage_dtype!r} is none of {known}")
         check_rates(self)
 
 
@@ -49,7 +79,9 @@ class Bandwidths:
     ``gemm``). ``row_tile``: products compute whole tiles of so many rows, however few are used
     (tile quantisation, NVIDIA's matrix multiplication guide). ``copies_overlap``: what comes from
     host memory is copied beside compute, as by a GPU's copy engines; a CPU copies with its own
-    cores.
+    cores. ``disk_read`` and ``disk_write`` are those of requests of some MiB, ``disk_blocks`` of
+    smaller ones, rising (empty: as fast); ``kv_codecs`` of the storage dtypes of KV (a missing one
+    works at the rate of the device's memory).
     """
 
     device_memory: float
@@ -59,6 +91,8 @@ class Bandwidths:
     disk_write: float
     gemm: tuple[GemmRate, ...]
     streamed_gemm: tuple[GemmRate, ...] = ()
+    disk_blocks: tuple[DiskRate, ...] = ()
+    kv_codecs: tuple[CodecRate, ...] = ()
     row_tile: int = 1
     copies_overlap: bool = True
     runtime: RuntimeRates = field(default_factory=RuntimeRates)
@@ -69,25 +103,37 @@ class Bandwidths:
             rows = [rate.rows for rate in getattr(self, name)]
             if (name == "gemm" and not rows) or rows != sorted(set(rows)):
                 raise FieldError(name, f"rows are {rows}; give at least one, rising")
+        sizes = [rate.block_bytes for rate in self.disk_blocks]
+        if sizes != sorted(set(sizes)):
+            raise FieldError("disk_blocks", f"block_bytes are {sizes}; let them rise")
 
     def flops_per_s(self, rows: float, *, streamed: bool = False) -> float:
         """FLOP/s at ``rows`` rows: linear in log(rows) between measured points, constant outside,
         less what the last tile leaves unused."""
         points = (self.streamed_gemm if streamed else ()) or self.gemm
         tiles = math.ceil(rows / self.row_tile) * self.row_tile
-        return rows / tiles * self._rate_of(points, rows)
+        return rows / tiles * _between([(rate.rows, rate.flops_per_s) for rate in points], rows)
 
-    @staticmethod
-    def _rate_of(points: tuple[GemmRate, ...], rows: float) -> float:
-        if rows <= points[0].rows:
-            return points[0].flops_per_s
-        for low, high in pairwise(points):
-            if rows <= high.rows:
-                share = math.log(rows / low.rows) / math.log(high.rows / low.rows)
-                return low.flops_per_s + share * (high.flops_per_s - low.flops_per_s)
-        return points[-1].flops_per_s
+    def disk_read_of(self, block_bytes: float) -> float:
+        """Bytes/s of reads of ``block_bytes``: linear in their logarithm between measured points,
+        constant outside."""
+        points = [(rate.block_bytes, rate.read) for rate in self.disk_blocks]
+        return min(self.disk_read, _between(points, block_bytes) if points else math.inf)
 
-    def shared_by(self, num_devices: int, resources: tuple[str, ...]) -> Bandwidths:
+    def disk_write_of(self, block_bytes: float) -> float:
+        """The same of writes."""
+        points = [(rate.block_bytes, rate.write) for rate in self.disk_blocks]
+        return min(self.disk_write, _between(points, block_bytes) if points else math.inf)
+
+    def kv_codec(self, storage_dtype: str) -> CodecRate:
+        """The rates of a storage dtype that is not "auto"."""
+        for rate in self.kv_codecs:
+            if rate.storage_dtype == storage_dtype:
+                return rate
+        memory = self.device_memory
+        return CodecRate(storage_dtype=storage_dtype, encode=memory, decode=memory)
+
+    def shared_by(self, num_devices: float, resources: tuple[str, ...]) -> Bandwidths:
         """The part of one of ``num_devices`` that use the named `RESOURCES` at the same time."""
         if num_devices == 1:
             return self
@@ -96,12 +142,12 @@ class Bandwidths:
             for resource in resources
             for name in RESOURCES[resource]
         }
+        if "disk" in resources:
+            changes["disk_blocks"] = _divided(self.disk_blocks, ("read", "write"), num_devices)
         if "compute" in resources:
+            changes["kv_codecs"] = _divided(self.kv_codecs, ("encode", "decode"), num_devices)
             for name in ("gemm", "streamed_gemm"):
-                changes[name] = tuple(
-                    replace(rate, flops_per_s=rate.flops_per_s / num_devices)
-                    for rate in getattr(self, name)
-                )
+                changes[name] = _divided(getattr(self, name), ("flops_per_s",), num_devices)
             rates = {name: getattr(self.runtime, name) for name in COMPUTE_RATES}
             changes["runtime"] = replace(
                 self.runtime,
@@ -119,6 +165,21 @@ RESOURCES: dict[str, tuple[str, ...]] = {
     "compute": (),
 }
 """What the devices of a node may share, and the rates that this divides."""
+
+
+def _between(points: Sequence[tuple[float, float]], at: float) -> float:
+    """The value at ``at`` of (place, value) points: linear in log(place), constant outside."""
+    if at <= points[0][0]:
+        return points[0][1]
+    for (low, below), (high, above) in pairwise(points):
+        if at <= high:
+            return below + math.log(at / low) / math.log(high / low) * (above - below)
+    return points[-1][1]
+
+
+def _divided(points: tuple[Any, ...], names: tuple[str, ...], by: float) -> tuple[Any, ...]:
+    """The points with the rates of these names divided."""
+    return tuple(replace(p, **{name: getattr(p, name) / by for name in names}) for p in points)
 
 
 def check_rates(rates: Any) -> None:

@@ -7,7 +7,7 @@ once.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,8 +73,9 @@ class Load:
 class PassShape:
     """The tokens of a pass and the cache they read: ``num_sequences`` times ``context`` positions,
     of which the share ``host_kv`` lies on the host and ``nvme_kv`` on NVMe, and comes in
-    ``micro_batches``; so many tokens of a sequence on NVMe are ``written`` back. Below the device
-    a byte becomes ``stored``."""
+    ``micro_batches``. Of a sequence on NVMe so many tokens are ``written`` back, of one on the host
+    ``rewritten``. On the host a byte becomes ``host_share``, on NVMe ``nvme_share``, both
+    in ``storage_dtype``; NVMe is read by ``kv_read_bytes`` and written by ``kv_write_bytes``."""
 
     num_tokens: int
     num_sequences: int
@@ -82,17 +83,42 @@ class PassShape:
     host_kv: float = 0.0
     nvme_kv: float = 0.0
     written: float = 0.0
-    stored: float = 1.0
+    rewritten: float = 0.0
+    host_share: float = 1.0
+    nvme_share: float = 1.0
+    storage_dtype: str = "auto"
+    kv_read_bytes: float = math.inf
+    kv_write_bytes: float = math.inf
     micro_batches: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """Prices a pass on a device for one way of splitting a model. Pure."""
+    """Prices a pass on a device for one way of splitting a model, of whose routed experts a tensor
+    is ``expert_bytes`` long. Pure."""
 
     profile: ModelProfile
     tensor_parallel: int
     activation_bytes: int
+    expert_bytes: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "expert_bytes", self._expert_bytes())
+
+    def _expert_bytes(self) -> float:
+        """The mean over the expert tensors, which are read one by one."""
+        heads, world = self.profile.heads, self.tensor_parallel
+        routed = {
+            (spec.shape, spec.rule): spec
+            for unit in self.profile.units
+            for spec in unit.parameters
+            if self.profile.is_routed(spec)
+        }
+        sizes = [
+            spec.local_bytes(heads, 0, world) / spec.local_shape(heads, 0, world)[0]
+            for spec in routed.values()
+        ]
+        return sum(sizes) / len(sizes) if sizes else math.inf
 
     def terms(
         self,
@@ -118,7 +144,8 @@ class CostModel:
         FLOP per head element and position where these take longer. KV that rotates moves as weights
         do that stream; new tokens on NVMe are written back. Routed experts that stream are read
         once the router has spoken, and nothing else is computed meanwhile; where nearly all are
-        needed they are read ahead like everything else.
+        needed they are read ahead like everything else. Small requests have the disk's rate for
+        their size. KV of another storage dtype is converted by the device.
         """
         runtime, tokens, sampled = rates.runtime, shape.num_tokens, shape.num_sequences
         touched = load.dense_bytes + load.expert_bytes * self.profile.expert_share(tokens)
@@ -126,7 +153,7 @@ class CostModel:
         held = np.maximum(load.dense_bytes + load.expert_bytes, 1.0)
         share = np.minimum(1.0, streamed_bytes / held)
         read = self.profile.streamed_expert_share(tokens)
-        routed_s = read * disk_experts / rates.disk_read
+        routed_s = read * disk_experts / rates.disk_read_of(self.expert_bytes)
         if rates.copies_overlap:
             routed_s = routed_s + read * (streamed_experts - disk_experts) / rates.host_to_device
         fast, slow = rates.flops_per_s(tokens), rates.flops_per_s(tokens, streamed=True)
@@ -152,7 +179,7 @@ class CostModel:
             "latency": load.num_layers * (1 + shape.micro_batches) * runtime.layer_latency_s
             + runtime.pass_latency_s,
             "routed experts": np.asarray(routed_s if read < 1 else 0.0),
-            "copies": copies_s,
+            "copies": copies_s + self._conversion_s(load, shape, rates),
             "host link": link_s,
             "disk": disk_s,
         }
@@ -171,18 +198,30 @@ class CostModel:
         left_out = 1 - self.profile.streamed_expert_share(shape.num_tokens)
         streamed_bytes = streamed_bytes - left_out * streamed_experts
         disk_bytes = disk_bytes - left_out * disk_experts
-        per_token = load.kv_bytes_per_token * (shape.num_sequences * shape.stored)
-        kv_bytes = per_token * shape.context
-        disk_s = disk_bytes / rates.disk_read + kv_bytes * (shape.nvme_kv / rates.disk_read)
-        disk_s = disk_s + per_token * (shape.written * shape.nvme_kv / rates.disk_write)
+        per_token = load.kv_bytes_per_token * shape.num_sequences
+        host_kv = per_token * (shape.context * shape.host_kv * shape.host_share)
+        on_nvme = per_token * (shape.nvme_kv * shape.nvme_share)
+        nvme_kv = on_nvme * shape.context
+        disk_s = disk_bytes / rates.disk_read + nvme_kv / rates.disk_read_of(shape.kv_read_bytes)
+        disk_s = disk_s + on_nvme * (shape.written / rates.disk_write_of(shape.kv_write_bytes))
         nothing = np.asarray(0.0)
         if rates.copies_overlap:
-            rotated = kv_bytes * (shape.host_kv + shape.nvme_kv)
-            link_s = (streamed_bytes + rotated) / rates.host_to_device
+            link_s = (streamed_bytes + host_kv + nvme_kv) / rates.host_to_device
             return nothing, np.asarray(link_s), np.asarray(disk_s)
         # there is no link: NVMe is read into place
-        from_host = streamed_bytes - disk_bytes + kv_bytes * shape.host_kv
+        from_host = streamed_bytes - disk_bytes + host_kv
         return np.asarray(from_host / rates.host_to_device), nothing, np.asarray(disk_s)
+
+    @staticmethod
+    def _conversion_s(load: Load, shape: PassShape, rates: Bandwidths) -> Array | float:
+        """Seconds in which KV changes between its dtypes."""
+        if shape.storage_dtype == "auto":
+            return 0.0
+        codec = rates.kv_codec(shape.storage_dtype)
+        decoded = (shape.host_kv + shape.nvme_kv) * shape.context
+        encoded = shape.host_kv * shape.rewritten + shape.nvme_kv * shape.written
+        per_token = load.kv_bytes_per_token * shape.num_sequences
+        return per_token * (decoded / codec.decode + encoded / codec.encode)
 
 
 def compute_time(terms: dict[str, Array]) -> Array:

@@ -16,8 +16,8 @@ from partition.cost import Array, CostModel, Load, PassShape, compute_time, pass
 from partition.device_pool import DevicePool
 from partition.plan import PartitionPlan, ShardPlan, StagePlan
 from partition.problem import PlanningProblem
-from partition.profile import Unit, UnitKind
-from partition.sizing import rotation_load, stored_share
+from partition.profile import ModelProfile, Unit, UnitKind
+from partition.sizing import rotation_load, stored_pieces
 from partition.stage_table import StageTable, may_stream
 from partition.workload import Workload
 
@@ -83,8 +83,7 @@ class _Pricing:
             tensor_parallel=plan.tensor_parallel,
             activation_bytes=DTYPE_BYTES[plan.dtype],
         )
-        share = stored_share(self._profile, plan.block_size, plan.kv_storage_dtype)
-        self._shape = replace(_decode_shape(plan, problem.workload), stored=share)
+        self._shape = _decode_shape(plan, self._profile, problem.workload)
         self._stage_devices = _stage_devices(plan, problem.cluster)
 
     def work(self) -> PassWork:
@@ -223,15 +222,16 @@ class _Pricing:
             "device memory": weights + cached,
             "host link": streams.streamed_bytes
             - left_out * streams.streamed_experts
-            + cached * shape.stored * (shape.host_kv + shape.nvme_kv),
+            + cached * (shape.host_share * shape.host_kv + shape.nvme_share * shape.nvme_kv),
             "disk": streams.disk_bytes
             - left_out * streams.disk_experts
-            + cached * shape.stored * shape.nvme_kv,
+            + cached * shape.nvme_share * shape.nvme_kv,
             "between devices": reduced + sent,
         }
 
 
-def _decode_shape(plan: PartitionPlan, workload: Workload) -> PassShape:
+def _decode_shape(plan: PartitionPlan, profile: ModelProfile, workload: Workload) -> PassShape:
+    stored = stored_pieces(profile, plan.block_size, plan.kv_storage_dtype)
     length = min(workload.context, plan.max_model_len)
     fitting = max(1, plan.num_active_blocks * plan.block_size // length)
     batch = min(workload.concurrency, plan.max_num_seqs, fitting)
@@ -241,7 +241,7 @@ def _decode_shape(plan: PartitionPlan, workload: Workload) -> PassShape:
         num_tokens=sequences,
         num_sequences=sequences,
         context=context,
-        **rotation_load(plan, batch, context, plan.passes_in_flight),
+        **rotation_load(plan, batch, context, plan.passes_in_flight, stored),
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, TypedDict
+from functools import lru_cache
+from typing import NamedTuple, Protocol, TypedDict
 
 import numpy as np
 
 from kvcache.layout import DTYPE_BYTES, KVLayout
-from kvcache.micro_batch import NUM_BUFFERS
+from kvcache.micro_batch import CHUNK_BYTES, NUM_BUFFERS
 from kvcache.tier import TierBudget
 from partition.cost import Array, PassShape, page_rounded
 from partition.errors import PlanError
@@ -29,14 +30,49 @@ DEVICE_KV_PARTS = (2, 4, 16)
 """With rotation, the device holds one of so many parts of the blocks, or more where it has room."""
 
 
+class StoredPieces(NamedTuple):
+    """A layer's part of a block, of the kind of layer that caches most: its pages on the device and
+    on NVMe, and what a byte becomes on the host and, in whole pages, on NVMe, at most."""
+
+    device_piece_bytes: int
+    nvme_piece_bytes: int
+    host_share: float
+    nvme_share: float
+
+
+@lru_cache(maxsize=64)
+def _stored_pieces(kinds: KVLayout) -> StoredPieces:
+    each = range(len(kinds.layers))
+    pieces = [(kinds.piece(kind).num_bytes, kinds.stored_piece(kind).num_bytes) for kind in each]
+    caching = [(held, stored) for held, stored in pieces if held]
+    return StoredPieces(
+        device_piece_bytes=max((page_rounded(held) for held, _ in caching), default=0),
+        nvme_piece_bytes=max((page_rounded(stored) for _, stored in caching), default=0),
+        host_share=max((stored / held for held, stored in caching), default=1.0),
+        nvme_share=max((page_rounded(stored) / held for held, stored in caching), default=1.0),
+    )
+
+
+def stored_pieces(profile: ModelProfile, block_size: int, storage_dtype: str) -> StoredPieces:
+    """What becomes of KV in this storage dtype."""
+    return _stored_pieces(
+        KVLayout(
+            layers=profile.kv_layer_kinds,
+            block_size=block_size,
+            dtype=profile.dtype,
+            storage_dtype=storage_dtype,
+        )
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizing:
     """Token and block counts common to all shards. ``kv_share`` is the part of the device budget
     left after workspace and ring that KV may take while weights stream; None: as much as the blocks
     need. ``num_decoding`` sequences of the workload's length find room together. Rotating blocks
-    pass through ``num_rotation_slots`` of ``piece_bytes`` a buffer; those that belong on NVMe are
-    among ``num_tail_blocks`` on the host until they are full. Below the device a piece takes
-    ``stored_piece_bytes`` of whole pages, a block ``stored_share`` of what it takes on it."""
+    pass through ``num_rotation_slots`` of a buffer; those that belong on NVMe are among
+    ``num_tail_blocks`` on the host until they are full. Below the device they lie as ``stored``, in
+    ``kv_storage_dtype``."""
 
     block_size: int
     num_device_blocks: int
@@ -51,9 +87,8 @@ class Sizing:
     num_rotating_nvme_blocks: int = 0
     num_rotation_slots: int = 0
     num_tail_blocks: int = 0
-    piece_bytes: int = 0
-    stored_piece_bytes: int = 0
-    stored_share: float = 1.0
+    stored: StoredPieces
+    kv_storage_dtype: str = "auto"
 
     @property
     def num_active_blocks(self) -> int:
@@ -63,24 +98,24 @@ class Sizing:
 
     def stored_bytes(self, block_bytes: Array, num_layers: Array) -> Array:
         """What a block takes below the device at most, of so many layers."""
-        if self.stored_share == 1:
+        if self.stored.host_share == 1:
             return np.asarray(block_bytes)
-        return np.ceil(block_bytes * self.stored_share + STORED_PIECE_SLACK * num_layers)
+        return np.ceil(block_bytes * self.stored.host_share + STORED_PIECE_SLACK * num_layers)
 
     def needs_landing(self, staged: bool) -> bool:
         """Whether blocks cannot be read to where they are attended to."""
-        return self.num_rotation_slots > 0 and (staged or self.stored_share != 1)
+        return self.num_rotation_slots > 0 and (staged or self.kv_storage_dtype != "auto")
 
     @property
     def landing_bytes(self) -> int:
         """Of the host's budget, for the buffers that blocks reach the device through where it
         cannot be read into, or has another dtype."""
-        return NUM_BUFFERS * self.num_rotation_slots * self.stored_piece_bytes
+        return NUM_BUFFERS * self.num_rotation_slots * self.stored.nvme_piece_bytes
 
     @property
     def rotation_bytes(self) -> int:
         """Of the device's budget, for the buffers through which blocks rotate."""
-        return NUM_BUFFERS * self.num_rotation_slots * self.piece_bytes
+        return NUM_BUFFERS * self.num_rotation_slots * self.stored.device_piece_bytes
 
 
 def workspace_bytes(
@@ -104,7 +139,25 @@ def sizings(
 ) -> Iterator[Sizing]:
     """The sizings worth trying on devices of which the smallest has ``budget``, for models cut into
     so many stages: most sequences and KV first (the workload's need), then halved down to the
-    least; last those whose KV lies partly beyond the device."""
+    least; last those whose KV lies partly beyond the device, in each storage dtype allowed."""
+    for storage_dtype in constraints.kv_storage_dtypes:
+        fixed = replace(constraints, kv_storage_dtypes=(storage_dtype,))
+        rotating_only = storage_dtype != constraints.kv_storage_dtypes[0]
+        yield from _sizings(profile, budget, width, stages, workload, fixed, rotating_only)
+
+
+def _sizings(
+    profile: ModelProfile,
+    budget: TierBudget,
+    width: int,
+    stages: int,
+    workload: Workload,
+    constraints: Constraints,
+    rotating_only: bool,
+) -> Iterator[Sizing]:
+    """The sizings of one storage dtype, or those of them alone whose KV lies partly beyond the
+    device."""
+    (storage_dtype,) = constraints.kv_storage_dtypes
     least = least_sizing(profile, width, constraints)
     device_bytes = budget.device_bytes
     row_bytes = workspace_bytes(profile, width, 0, 1)
@@ -127,7 +180,7 @@ def sizings(
     context = min(workload.context, limit)
     wanted = constraints.max_num_seqs or min(num_seqs, workload.concurrency)
     whole = profile.kv_layout(
-        0, profile.num_layers, constraints.block_size, storage_dtype=constraints.kv_storage_dtype
+        0, profile.num_layers, constraints.block_size, storage_dtype=storage_dtype
     )
     block_bytes = max(1, whole.block_bytes // stages)
     stored_bytes = max(1, whole.stored_block_bytes // stages)
@@ -148,18 +201,17 @@ def sizings(
             max_num_batched_tokens=num_tokens,
             workspace_bytes=workspace_bytes(profile, width, num_tokens, held),
             kv_share=kv_share,
-            stored_share=share,
+            stored=stored,
+            kv_storage_dtype=storage_dtype,
         )
 
-    share = stored_share(profile, constraints.block_size, constraints.kv_storage_dtype)
-    kinds = replace(whole, layers=profile.kv_layer_kinds)
-    each = range(len(kinds.layers))
-    piece_bytes = max(page_rounded(kinds.piece(kind).num_bytes) for kind in each)
-    stored_piece_bytes = max(page_rounded(kinds.stored_piece(kind).num_bytes) for kind in each)
-    on_nvme_bytes = stored_piece_bytes * math.ceil(profile.num_layers / stages)
+    stored = stored_pieces(profile, constraints.block_size, storage_dtype)
+    on_nvme_bytes = stored.nvme_piece_bytes * math.ceil(profile.num_layers / stages)
     for_prefixes = (constraints.prefix_memory or 0) // on_nvme_bytes
     longest = math.ceil((constraints.max_model_len or context) / constraints.block_size)
-    slots = max(longest, device_bytes // ROTATION_SHARE // (NUM_BUFFERS * piece_bytes))
+    slots = max(
+        longest, device_bytes // ROTATION_SHARE // (NUM_BUFFERS * stored.device_piece_bytes)
+    )
 
     def rotating(made: Sizing) -> Sizing:
         used = min(slots, made.num_active_blocks)
@@ -167,12 +219,10 @@ def sizings(
             made,
             max_model_len=min(made.max_model_len, used * constraints.block_size),
             num_rotation_slots=used,
-            piece_bytes=piece_bytes,
-            stored_piece_bytes=stored_piece_bytes,
         )
 
     blocks = most
-    while True:
+    while not rotating_only:
         blocks = max(blocks, least.num_device_blocks)
         made = sized(blocks, 0.5 if blocks > least.num_device_blocks else None)
         if for_prefixes:
@@ -214,6 +264,7 @@ def least_sizing(profile: ModelProfile, width: int, constraints: Constraints) ->
     limit = constraints.max_model_len or min(profile.max_position_embeddings, LEAST_MODEL_LEN)
     blocks = math.ceil(limit / constraints.block_size)
     num_seqs = min(constraints.max_num_seqs or 1, num_tokens)
+    storage_dtype = constraints.kv_storage_dtypes[0]
     return Sizing(
         block_size=constraints.block_size,
         num_device_blocks=blocks,
@@ -227,6 +278,8 @@ def least_sizing(profile: ModelProfile, width: int, constraints: Constraints) ->
         max_num_batched_tokens=num_tokens,
         workspace_bytes=workspace_bytes(profile, width, num_tokens, num_seqs),
         kv_share=None,
+        stored=stored_pieces(profile, constraints.block_size, storage_dtype),
+        kv_storage_dtype=storage_dtype,
     )
 
 
@@ -244,8 +297,7 @@ def decode_shape(sizing: Sizing, workload: Workload, passes: int) -> PassShape:
         num_tokens=per_pass,
         num_sequences=per_pass,
         context=context,
-        stored=sizing.stored_share,
-        **rotation_load(sizing, batch, context, passes),
+        **rotation_load(sizing, batch, context, passes, sizing.stored),
     )
 
 
@@ -262,6 +314,8 @@ class Rotating(Protocol):
     def num_rotation_slots(self) -> int: ...
     @property
     def num_tail_blocks(self) -> int: ...
+    @property
+    def kv_storage_dtype(self) -> str: ...
 
 
 class RotationLoad(TypedDict):
@@ -271,26 +325,23 @@ class RotationLoad(TypedDict):
     nvme_kv: float
     micro_batches: int
     written: float
+    rewritten: float
+    host_share: float
+    nvme_share: float
+    storage_dtype: str
+    kv_read_bytes: float
+    kv_write_bytes: float
 
 
-def stored_share(profile: ModelProfile, block_size: int, storage_dtype: str) -> float:
-    """What the bytes of a piece become below the device, at most."""
-    kinds = KVLayout(
-        layers=profile.kv_layer_kinds,
-        block_size=block_size,
-        dtype=profile.dtype,
-        storage_dtype=storage_dtype,
-    )
-    each = range(len(kinds.layers))
-    pieces = [(kinds.stored_piece(kind).num_bytes, kinds.piece(kind).num_bytes) for kind in each]
-    return max((stored / held for stored, held in pieces if held), default=1.0)
-
-
-def rotation_load(sized: Rotating, batch: int, context: float, passes: int) -> RotationLoad:
+def rotation_load(
+    sized: Rotating, batch: int, context: float, passes: int, stored: StoredPieces
+) -> RotationLoad:
     """What rotates where ``batch`` sequences of ``context`` tokens are dealt out over so many
     passes: blocks on the device and on the host are filled first. A block of NVMe that is not full
-    is written back whole, or waits in a tail row."""
-    used = batch * math.ceil(context / sized.block_size)
+    is written back whole, or waits in a tail row. A sequence's blocks are neighbours on NVMe, and
+    are written one by one."""
+    of_a_sequence = math.ceil(context / sized.block_size)
+    used = batch * of_a_sequence
     beyond = max(0, used - sized.num_device_blocks)
     host = min(beyond, sized.num_rotating_host_blocks)
     of_a_pass = math.ceil(used / passes) * beyond
@@ -300,6 +351,12 @@ def rotation_load(sized: Rotating, batch: int, context: float, passes: int) -> R
         nvme_kv=(beyond - host) / used,
         micro_batches=-(-of_a_pass // (used * max(1, sized.num_rotation_slots))),
         written=waiting + (1 - waiting) * sized.block_size,
+        rewritten=float(sized.block_size),
+        host_share=stored.host_share,
+        nvme_share=stored.nvme_share,
+        storage_dtype=sized.kv_storage_dtype,
+        kv_read_bytes=min(CHUNK_BYTES, of_a_sequence * stored.nvme_piece_bytes),
+        kv_write_bytes=stored.nvme_piece_bytes,
     )
 
 

@@ -163,7 +163,7 @@ class StageTimes:
         ):
             if count:
                 host = host - _pages(count * size)
-        rotating = sizing.num_rotating_nvme_blocks * sizing.stored_piece_bytes
+        rotating = sizing.num_rotating_nvme_blocks * sizing.stored.nvme_piece_bytes
         return Room(
             device=np.asarray(left - kv),
             host=np.asarray(host),

@@ -47,9 +47,10 @@ class Objective(enum.Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
     """What the user has fixed; None leaves it to the planner. ``layer_split`` is the number of
-    layers of each stage in turn; ``kv_storage_dtype`` is how KV lies on host and NVMe (one of
-    `kvcache.layout.STORAGE_DTYPES`), which only the user may make lossy; ``prefix_memory`` bytes of
-    each shard's NVMe are for cached prefixes, beside what running sequences need."""
+    layers of each stage in turn; ``kv_storage_dtypes`` are those (of
+    `kvcache.layout.STORAGE_DTYPES`, kept in that order) among which the planner chooses how KV lies
+    on host and NVMe: only the user may allow a lossy one; ``prefix_memory`` bytes of each shard's
+    NVMe are for cached prefixes, beside what running sequences need."""
 
     tensor_parallel: int | None = None
     pipeline_parallel: int | None = None
@@ -59,11 +60,13 @@ class Constraints:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     block_size: int = 16
-    kv_storage_dtype: str = "auto"
+    kv_storage_dtypes: tuple[str, ...] = ("auto",)
     prefix_memory: int | None = None
 
     def __post_init__(self) -> None:
         _positive(self)
+        lossless_first = sorted(set(self.kv_storage_dtypes), key=STORAGE_DTYPES.index)
+        object.__setattr__(self, "kv_storage_dtypes", tuple(lossless_first))
 
 
 def _positive(options: Workload | Constraints) -> None:
@@ -72,10 +75,10 @@ def _positive(options: Workload | Constraints) -> None:
         if field.name == "expert_parallel":
             if value not in (None, True, False):
                 raise PlanError(f"expert_parallel is {value}; it must be true or false")
-        elif field.name == "kv_storage_dtype":
-            if value not in STORAGE_DTYPES:
-                known = ", ".join(STORAGE_DTYPES)
-                raise PlanError(f"kv_storage_dtype is {value!r}; there are {known}")
+        elif field.name == "kv_storage_dtypes":
+            if not value or not set(value) <= set(STORAGE_DTYPES):
+                said, known = ",".join(value), ", ".join(STORAGE_DTYPES)
+                raise PlanError(f"kv_storage_dtype is {said!r}; there are {known}")
         elif field.name == "layer_split":
             if value is not None and (not value or min(value) < 1):
                 raise PlanError(f"layer_split is {value}; each stage takes at least 1 layer")

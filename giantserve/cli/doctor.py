@@ -99,6 +99,9 @@ def _rates(found: Calibration) -> Table:
     direct = "O_DIRECT" if found.direct_io else "through the page cache"
     table.add_row(f"disk read, {direct}", _per_second(rates.disk_read))
     table.add_row("disk write", _per_second(rates.disk_write))
+    for block in rates.disk_blocks:
+        both = f"{_per_second(block.read)} / {_per_second(block.write)}"
+        table.add_row(f"disk read / write, blocks of {format_bytes(block.block_bytes)}", both)
     for name in ("posix", "deepnvme"):
         rate = found.storage.get(name)
         told = "not built here" if rate is None else _per_second(rate)
@@ -106,6 +109,9 @@ def _rates(found: Calibration) -> Table:
         table.add_row(f"weights read by the {name} backend", told + used)
     table.add_row("device memory", _per_second(rates.device_memory))
     table.add_row("host to device", _per_second(rates.host_to_device))
+    for codec in rates.kv_codecs:
+        both = f"{_per_second(codec.decode)} / {_per_second(codec.encode)}"
+        table.add_row(f"KV from / to {codec.storage_dtype}", both)
     for gemm in rates.gemm:
         speed = f"{gemm.flops_per_s / 1e12:.2f} TFLOP/s"
         table.add_row(f"{found.dtype} matrix product, {gemm.rows} rows", speed)

@@ -109,7 +109,11 @@ class EngineOptions:
     ] = None
     block_size: Annotated[int | None, typer.Option(min=1, help="Tokens in a block of KV.")] = None
     kv_storage_dtype: Annotated[
-        str, typer.Option(help="KV on host and disk: auto (as it is), int8 or fp8 (lossy).")
+        str,
+        typer.Option(
+            help="KV on host and disk: auto (as it is), int8 or fp8 (lossy); of several, such as "
+            "auto,fp8, the planner takes the fastest."
+        ),
     ] = "auto"
     storage_backend: Annotated[
         str, typer.Option(help="Reads weights from disk: posix, deepnvme, or auto, the faster.")

@@ -71,7 +71,8 @@ class Oracle:
         tokens = -(-batch // passes)
         context = self.workload.prompt_tokens + self.workload.output_tokens / 2
         context = min(context, sizing.max_model_len)
-        used = batch * -int(-context // self.constraints.block_size)
+        blocks = -int(-context // self.constraints.block_size)
+        used = batch * blocks
         beyond = max(0, used - sizing.num_device_blocks)
         on_host = min(beyond, sizing.num_rotating_host_blocks)
         shape = PassShape(
@@ -84,6 +85,12 @@ class Oracle:
             if sizing.num_tail_blocks >= batch
             else self.constraints.block_size
             - sizing.num_tail_blocks / batch * (self.constraints.block_size - 1),
+            rewritten=self.constraints.block_size,
+            host_share=sizing.stored.host_share,
+            nvme_share=sizing.stored.nvme_share,
+            storage_dtype=sizing.kv_storage_dtype,
+            kv_read_bytes=min(1 << 20, blocks * sizing.stored.nvme_piece_bytes) or math.inf,
+            kv_write_bytes=sizing.stored.nvme_piece_bytes or math.inf,
             micro_batches=math.ceil(
                 Fraction(math.ceil(used / passes) * beyond, used)
                 / max(1, sizing.num_rotation_slots)
@@ -155,14 +162,17 @@ class Oracle:
         small = sum(self.table.footprint(u, rank) for u in units if u.kind is UnitKind.SMALL)
         device_kv = page_rounded(sizing.num_device_blocks * kv)
         room = device.budget.device_bytes - sizing.workspace_bytes - small
-        room -= 3 * sizing.num_rotation_slots * sizing.piece_bytes
-        host = device.budget.host_bytes - page_rounded(sizing.num_host_blocks * kv)
-        host -= page_rounded(sizing.num_rotating_host_blocks * kv)
+        room -= 3 * sizing.num_rotation_slots * sizing.stored.device_piece_bytes
+        lossy = sizing.kv_storage_dtype != "auto"
+        num_layers = run[1] - run[0]
+        stored = math.ceil(kv * sizing.stored.host_share + 8 * num_layers) if lossy else kv
+        host = device.budget.host_bytes - page_rounded(sizing.num_host_blocks * stored)
+        host -= page_rounded(sizing.num_rotating_host_blocks * stored)
         host -= page_rounded(sizing.num_tail_blocks * kv)
-        if device.staged:
-            host -= 3 * sizing.num_rotation_slots * sizing.piece_bytes
+        if device.staged or lossy:
+            host -= 3 * sizing.num_rotation_slots * sizing.stored.nvme_piece_bytes
         nvme = device.budget.nvme_bytes
-        nvme -= sizing.num_rotating_nvme_blocks * sizing.piece_bytes * (run[1] - run[0])
+        nvme -= sizing.num_rotating_nvme_blocks * sizing.stored.nvme_piece_bytes * num_layers
         tiers = _assignments_of(len(sizes))
         held = {tier: (tiers == index) @ sizes for index, tier in enumerate(Tier)}
         streamed = (tiers != 0) * sizes

@@ -34,7 +34,7 @@ def test_no_plan_of_ten_thousand_exceeds_a_budget() -> None:
         load = Workload(prompt_tokens=48, output_tokens=16, concurrency=random.randint(1, 8))
         fixed = Constraints(
             max_num_batched_tokens=64,
-            kv_storage_dtype=random.choice(STORAGE_DTYPES),
+            kv_storage_dtypes=tuple(random.sample(STORAGE_DTYPES, random.randint(1, 3))),
             prefix_memory=random.choice([None, 40 * PAGE]),
         )
         queue = PlanQueue(model, cluster, load, Objective.MAX_THROUGHPUT, fixed)

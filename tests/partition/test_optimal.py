@@ -13,8 +13,10 @@ from planner_models import LINK, PAGE, RATES, budget, llama_like
 from kvcache.tier import TierBudget
 from partition import (
     ClusterSpec,
+    CodecRate,
     Constraints,
     DeviceSpec,
+    DiskRate,
     Link,
     ModelProfile,
     NodeSpec,
@@ -26,6 +28,15 @@ from partition.sizing import Sizing, least_sizing, sizings
 from partition.stage_table import StageTable
 
 SLOW_LINK = Link(bandwidth=1e8, latency_s=2e-5)
+BY_SIZE = replace(
+    RATES,
+    disk_blocks=(
+        DiskRate(block_bytes=PAGE, read=2e8, write=1e8),
+        DiskRate(block_bytes=16 * PAGE, read=8e8, write=5e8),
+    ),
+    kv_codecs=(CodecRate(storage_dtype="int8", encode=1e9, decode=2e9),),
+)
+"""A disk with rates of its own for small requests, and KV that is slow to convert."""
 
 
 @st.composite
@@ -38,7 +49,9 @@ def clusters(draw: st.DrawFn) -> ClusterSpec:
                 draw(st.sampled_from([0, 8, 40])) * PAGE,
                 draw(st.sampled_from([0, 400])) * PAGE,
             ),
-            bandwidths=RATES.shared_by(speed, ("disk", "memory", "compute")),
+            bandwidths=draw(st.sampled_from([RATES, BY_SIZE])).shared_by(
+                speed, ("disk", "memory", "compute")
+            ),
             staged=draw(st.booleans()),
         )
         for speed in draw(st.permutations([1, 2, 4]))

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from kvcache.tier import Tier
 from partition import (
     BudgetError,
     ClusterSpec,
+    CodecRate,
     Constraints,
     ModelProfile,
     Objective,
@@ -214,3 +216,27 @@ def test_a_large_model_over_eight_devices_is_planned_quickly() -> None:
 def test_planning_imports_no_torch() -> None:
     code = "import sys, partition; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _with_kv_on_nvme(decode: float, *allowed: str) -> PartitionPlan:
+    """The plan for sequences of which the device holds a few, over a disk that binds."""
+    rates = replace(
+        RATES, kv_codecs=(CodecRate(storage_dtype="int8", encode=decode, decode=decode),)
+    )
+    cluster = ClusterSpec.local(1, budget(24 * MIB, 2 * MIB, 512 * MIB), rates, LINK)
+    load = Workload(prompt_tokens=64, output_tokens=64, concurrency=32)
+    fixed = Constraints(kv_storage_dtypes=allowed, max_num_batched_tokens=64)
+    model = llama_like(num_layers=16, hidden=512, inter=512, key_value=8)
+    return plan(model, cluster, load, constraints=fixed)
+
+
+def test_kv_is_lossy_only_where_it_may_be_and_pays() -> None:
+    lossless = _with_kv_on_nvme(1e12, "auto")
+    chosen = _with_kv_on_nvme(1e12, "int8", "auto")
+    assert lossless.num_rotating_nvme_blocks > 0 and lossless.forecast.binds == "disk"
+    assert (lossless.kv_storage_dtype, chosen.kv_storage_dtype) == ("auto", "int8")
+    assert chosen.forecast.decode_pass_s < lossless.forecast.decode_pass_s
+    assert "int8" in chosen.reason and "int8" not in lossless.reason
+    slow = _with_kv_on_nvme(1e7, "auto", "int8")
+    assert slow == lossless
+    assert _with_kv_on_nvme(1e7, "int8").kv_storage_dtype == "int8"
