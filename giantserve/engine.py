@@ -37,6 +37,7 @@ from giantserve.step import StepResult
 from giantserve.tokenizer import load_tokenizer
 from giantserve.trace_file import write_trace
 from kvcache.block_pool import BlockPool
+from kvcache.eviction import NextRequests
 from kvcache.tier import Tier
 from partition.plan import PartitionPlan
 
@@ -121,11 +122,13 @@ class Engine:
             config.enable_prefix_caching,
             self.plan.num_rotating_host_blocks + self.plan.num_rotating_nvme_blocks,
             config.tenant_prefix_share,
+            NextRequests(),
         )
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=self.plan.max_num_seqs,
                 max_num_batched_tokens=self.plan.max_num_batched_tokens,
+                max_slice_tokens=self.plan.max_slice_tokens,
                 max_model_len=self.plan.max_model_len,
                 max_passes_in_flight=self.plan.passes_in_flight,
                 block_size=self.plan.block_size,
@@ -372,13 +375,14 @@ class Engine:
     def _take(self, result: StepResult) -> None:
         sampled = {token.seq_id: token.token_id for token in result.tokens}
         plan = self._scheduler.on_result(result.step_id, sampled, result.lost)
-        for chunk in plan.chunks:
-            ticket = self._by_sequence.get(chunk.seq_id)
-            if ticket is not None and chunk.seq_id in result.prompt_logprobs:
-                known = ticket.choices[chunk.seq_id].prompt_logprobs
+        starts = {chunk.seq_id: chunk.start for chunk in reversed(plan.chunks)}
+        for seq_id, logprobs in result.prompt_logprobs.items():
+            ticket = self._by_sequence.get(seq_id)
+            if ticket is not None:
+                known = ticket.choices[seq_id].prompt_logprobs
                 assert known is not None
                 # a prompt that was preempted half-way comes by again
-                known[chunk.start + 1 :] = result.prompt_logprobs[chunk.seq_id]
+                known[starts[seq_id] + 1 :] = logprobs
         for token in result.tokens:
             ticket = self._by_sequence.get(token.seq_id)
             if ticket is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from giantserve.step import NewSequence, SequenceChunk, StepPlan
 from kvcache.block_pool import BlockPool, CachedBlock
 from kvcache.tier import Tier
 
+LOOK_AHEAD = 8
+"""Of how many waiting requests the prefixes are known to be wanted."""
+
 MAX_LOSSES = 3
 """How often the KV of a request may be lost before its disk is to blame."""
 
@@ -24,6 +28,7 @@ class _Draft:
 
     step_id: int
     num_tokens_left: int
+    num_sequences: int = 0
     chunks: list[SequenceChunk] = field(default_factory=list)
     new: list[NewSequence] = field(default_factory=list)
     filled: list[tuple[Request, int, int]] = field(default_factory=list)
@@ -65,6 +70,7 @@ class Scheduler:
         self._filled: dict[int, list[tuple[int, list[bytes]]]] = {}
         self._finished: list[int] = []
         self._next_step_id = 0
+        self._seen_ahead: tuple[tuple[int, int], ...] = ()
         self.num_preemptions = 0
         self.num_losses = 0
         self.num_prompt_tokens = 0
@@ -130,6 +136,7 @@ class Scheduler:
         """
         if len(self._in_flight) >= self._config.max_passes_in_flight:
             return None
+        self._look_ahead()
         draft = _Draft(self._next_step_id, self._config.max_num_batched_tokens)
         self._add_decodes(draft)
         self._add_prompts(draft)
@@ -290,13 +297,13 @@ class Scheduler:
         ready = [r for r in self._running if r.num_tokens_to_compute == 1 and not r.is_lost]
         ready.sort(key=lambda request: request.last_step_id)
         for request in ready:
-            if draft.num_tokens_left == 0 or len(draft.chunks) == limit:
+            if draft.num_tokens_left == 0 or draft.num_sequences == limit:
                 return
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted for one before it
             new_block_ids = self._grow(request, draft)
             if new_block_ids is not None:
-                self._add_chunk(request, draft, new_block_ids)
+                self._add_chunks(request, draft, new_block_ids)
 
     def _add_prompts(self, draft: _Draft) -> None:
         """The next tokens of prompts under way."""
@@ -304,7 +311,7 @@ class Scheduler:
             if draft.num_tokens_left == 0:
                 return
             if request.num_tokens_to_compute > 1 and not request.is_lost:
-                self._add_chunk(request, draft)
+                self._add_chunks(request, draft)
 
     def _admit(self, draft: _Draft) -> None:
         """Start or resume waiting requests in order, until one does not fit."""
@@ -314,7 +321,7 @@ class Scheduler:
         while (
             len(self._waiting)
             and len(self._running) < config.max_num_seqs
-            and len(draft.chunks) < limit
+            and draft.num_sequences < limit
             and draft.num_tokens_left > 0
         ):
             request = self._waiting.head
@@ -337,7 +344,7 @@ class Scheduler:
                     seed=request.seed,
                 )
             )
-            self._add_chunk(request, draft)
+            self._add_chunks(request, draft)
 
     def _place(self, request: Request) -> list[int] | None:
         """Device blocks for all known tokens of a waiting request, holding what KV there is."""
@@ -363,6 +370,17 @@ class Scheduler:
         block_size = self._pool.block_size
         num_full = (request.num_tokens - 1) // block_size
         return self._pool.match_prefix(request.block_hashes(num_full, block_size))
+
+    def _look_ahead(self) -> None:
+        """Tell the pool what the requests that are admitted next would find in it."""
+        coming = list(itertools.islice(self._waiting, LOOK_AHEAD))
+        known = tuple((request.seq_id, request.num_tokens) for request in coming)
+        if known != self._seen_ahead and self._pool.enable_prefix_caching:
+            self._seen_ahead = known
+            block_size = self._pool.block_size
+            self._pool.expect(
+                [r.block_hashes((r.num_tokens - 1) // block_size, block_size) for r in coming]
+            )
 
     def _grow(self, request: Request, draft: _Draft) -> tuple[int, ...] | None:
         """The block that one more token needs, or (); None where it must wait for others."""
@@ -403,15 +421,28 @@ class Scheduler:
         self._waiting.add(request)
         self.num_preemptions += 1
 
-    def _add_chunk(
+    def _add_chunks(
         self, request: Request, draft: _Draft, new_block_ids: tuple[int, ...] = ()
     ) -> None:
-        """As many of a running request's tokens as the pass has room for."""
+        """As many of a running request's tokens as the pass has room for, in chunks of a slice at
+        most."""
         assert request.num_tokens < request.max_num_tokens(self._config.max_model_len), (
             f"sequence {request.seq_id} is at its end but was not finished"
         )
+        draft.num_sequences += 1
+        request.last_step_id = draft.step_id
+        self._add_chunk(request, draft, new_block_ids)
+        while draft.num_tokens_left and request.num_tokens_to_compute:
+            if max(request.block_ids) >= self._pool.num_device_blocks:
+                return  # what rotates is not home again when the next slice would read it
+            self._add_chunk(request, draft)
+
+    def _add_chunk(
+        self, request: Request, draft: _Draft, new_block_ids: tuple[int, ...] = ()
+    ) -> None:
         start = request.num_computed_tokens
-        stop = start + min(request.num_tokens_to_compute, draft.num_tokens_left)
+        room = min(draft.num_tokens_left, self._config.max_slice_tokens)
+        stop = start + min(request.num_tokens_to_compute, room)
         sample = stop == request.num_tokens
         barred = sample and len(request.output_token_ids) < request.sampling.min_tokens
         draft.chunks.append(
@@ -428,7 +459,6 @@ class Scheduler:
         draft.num_tokens_left -= stop - start
         request.num_computed_tokens = stop
         request.num_passes_in_flight += 1
-        request.last_step_id = draft.step_id
 
     def _cache_filled(self, draft: _Draft) -> None:
         """Make the blocks that this pass fills findable: by later passes, not by this one."""

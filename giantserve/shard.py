@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ import torch
 from giantserve.errors import ConfigError
 from giantserve.models.batch import ChunkSpec
 from giantserve.models.collectives import StageLink, TensorParallel
-from giantserve.models.stage_model import StageModel
+from giantserve.models.stage_model import PassSlice, StageModel
 from giantserve.sampler import Sampler
 from giantserve.sampling_row import SamplingRow
 from giantserve.shard_spec import ShardSpec
 from giantserve.shard_weights import ShardWeights, plan_profile
 from giantserve.step import NewSequence, SampledToken, SequenceChunk, StepPlan, StepResult
+from kvcache.activations import ActivationStore
 from kvcache.arena import Arena
 from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import CachedBlock
@@ -25,7 +27,7 @@ from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore
 from kvcache.tier import Tier
 from kvcache.trace import Trace
-from kvcache.transfer_stats import Link, LinkTotals
+from kvcache.transfer_stats import Link, LinkTotals, TransferStats
 from kvcache.weights import WeightManager
 from partition.profile import UnitKind
 
@@ -90,6 +92,7 @@ class Shard:
             spec.storage_backend,
         )
         self._rotation = self._make_rotation(spec, f"{source.key}-kv-{plan.kv_storage_dtype}")
+        self._activations = self._make_activations(spec)
         self._weights = self._load_weights(source, progress)
         resident = {p.unit for p in self._shard.placements if p.tier is Tier.DEVICE}
         self._model.attach(
@@ -97,6 +100,7 @@ class Shard:
         )
         self._sampler = Sampler()
         self._sequences: dict[int, _Sequence] = {}
+        self._lost: set[CachedBlock] = set()
         self._busy_s = 0.0
         self._passes = 0
 
@@ -120,6 +124,27 @@ class Shard:
         )
         self._kv.extend(rotation)
         return rotation
+
+    def _make_activations(self, spec: ShardSpec) -> ActivationStore | None:
+        plan, shard = self._plan, self._shard
+        if not plan.is_sliced:
+            return None
+        if shard.nvme_activation_bytes and spec.nvme_dir is None:
+            raise ConfigError("the plan keeps activations on NVMe, but no nvme_dir was given")
+        return ActivationStore(
+            host_bytes=shard.host_activation_bytes,
+            nvme_bytes=shard.nvme_activation_bytes,
+            slice_bytes=plan.max_slice_tokens * self._row_bytes,
+            device=self._device,
+            host_arena=self.host_arena,
+            folder=None if spec.nvme_dir is None else spec.nvme_dir / "activations",
+            trace=self._trace,
+        )
+
+    @property
+    def _row_bytes(self) -> int:
+        itemsize: int = self._dtype.itemsize
+        return self._hidden_size * itemsize
 
     def _load_weights(self, source: ShardWeights, progress: Progress) -> WeightManager:
         total = sum(p.num_bytes for p in self._shard.placements)
@@ -155,9 +180,10 @@ class Shard:
                 new, list(new.block_ids), list(new.output_token_ids)
             )
         self._kv.copy(plan.copies)
-        result = None
+        tokens: list[SampledToken] = []
+        prompts: dict[int, Any] = {}
         if plan.chunks:
-            result = self._compute(plan)
+            tokens, prompts = self._compute(plan)
             self._passes += 1
         elapsed = time.perf_counter() - started
         self._busy_s += elapsed
@@ -166,20 +192,20 @@ class Shard:
             self._trace.add("passes", what, started)
         if not (self._model.is_last and self._shard.tp_rank == 0):
             return None
-        tokens, prompts = result or ((), {})
         return StepResult(
-            step_id=plan.step_id, tokens=tokens, prompt_logprobs=prompts, elapsed_s=elapsed
+            step_id=plan.step_id, tokens=tuple(tokens), prompt_logprobs=prompts, elapsed_s=elapsed
         )
 
     @property
     def may_lose_blocks(self) -> bool:
-        """Whether KV blocks lie where they can be lost."""
-        return self._plan.num_rotating_nvme_blocks > 0
+        """Whether the replica waits for what each shard lost."""
+        return self._plan.may_lose_blocks
 
     def take_lost(self) -> tuple[CachedBlock, ...]:
         """The blocks lost since the last call: the passes since then computed nonsense from
         them."""
-        return () if self._rotation is None else self._rotation.take_lost()
+        lost, self._lost = self._lost, set()
+        return (*lost, *(() if self._rotation is None else self._rotation.take_lost()))
 
     @property
     def kept(self) -> dict[int, bytes]:
@@ -193,9 +219,37 @@ class Shard:
             lost = {block.block_id for block in self._rotation.take_lost()}
             self._rotation.keep({b: found for b, found in hashes.items() if b not in lost})
 
-    def _compute(self, plan: StepPlan) -> tuple[tuple[SampledToken, ...], dict[int, Any]] | None:
+    def _compute(self, plan: StepPlan) -> tuple[list[SampledToken], dict[int, Any]]:
+        """What this shard sampled."""
+        slices = self._slices(plan.chunks)
+        parts = [self._pass_slice(chunks) for chunks in slices]
+        tokens: list[SampledToken] = []
+        prompts: dict[int, Any] = {}
+        for chunks, part, output in zip(slices, parts, self._outputs(parts), strict=True):
+            if not self._model.is_last:
+                self._link.send(output)
+            elif self._shard.tp_rank == 0:
+                sampled, found = self._sample(chunks, output.float(), part.spans)
+                tokens += sampled
+                for seq_id, logprobs in found.items():
+                    prompts[seq_id] = (*prompts.get(seq_id, ()), *logprobs)
+        return tokens, prompts
+
+    def _slices(self, chunks: Sequence[SequenceChunk]) -> list[list[SequenceChunk]]:
+        """The chunks of a pass, as many together as a layer computes at a time."""
+        slices: list[list[SequenceChunk]] = [[]]
+        room = self._plan.max_slice_tokens
+        for chunk in chunks:
+            if len(chunk.token_ids) > room:
+                slices.append([])
+                room = self._plan.max_slice_tokens
+            slices[-1].append(chunk)
+            room -= len(chunk.token_ids)
+        return [each for each in slices if each]
+
+    def _pass_slice(self, chunks: Sequence[SequenceChunk]) -> PassSlice:
         specs = []
-        for chunk in plan.chunks:
+        for chunk in chunks:
             sequence = self._sequences[chunk.seq_id]
             sequence.block_ids.extend(chunk.new_block_ids)
             specs.append(
@@ -206,27 +260,44 @@ class Shard:
                     block_ids=sequence.block_ids,
                 )
             )
-        rows, spans = self._logit_rows(plan.chunks)
+        rows, spans = self._logit_rows(chunks)
+        return PassSlice(
+            inputs=partial(self._inputs, chunks), specs=specs, logit_rows=rows, spans=spans
+        )
+
+    def _inputs(self, chunks: Sequence[SequenceChunk]) -> torch.Tensor:
+        """Token ids, or what the previous stage made of them."""
         if self._model.is_first:
-            ids = [token for chunk in plan.chunks for token in chunk.token_ids]
-            inputs = torch.tensor(ids, dtype=torch.long, device=self._device)
-        else:
-            hidden = torch.empty(
-                plan.num_tokens, self._hidden_size, dtype=self._dtype, device=self._device
-            )
-            inputs = self._link.receive(hidden)
-        output = self._model.forward(inputs, specs, self._plan.block_size, rows)
-        if not self._model.is_last:
-            self._link.send(output)
-            return None
-        if self._shard.tp_rank != 0:
-            return None
-        return self._sample(plan.chunks, output.float(), spans)
+            ids = [token for chunk in chunks for token in chunk.token_ids]
+            return torch.tensor(ids, dtype=torch.long, device=self._device)
+        num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+        shape = num_tokens, self._hidden_size
+        return self._link.receive(torch.empty(shape, dtype=self._dtype, device=self._device))
+
+    def _outputs(self, parts: Sequence[PassSlice]) -> Iterator[torch.Tensor]:
+        """The stage's output for one slice after the other."""
+        block_size, store = self._plan.block_size, self._activations
+        if len(parts) == 1:
+            (whole,) = parts
+            yield self._model.forward(whole.inputs(), whole.specs, block_size, whole.logit_rows)
+            return
+        assert store is not None, "a pass is larger than a slice"
+        sizes = [part.num_tokens * self._row_bytes for part in parts]
+        store.begin(sizes, self._model.num_takes)
+        try:
+            yield from self._model.forward_slices(parts, block_size, store)
+        finally:
+            for index in store.end():
+                for spec in parts[index].specs:
+                    end = spec.start + spec.length
+                    written = slice(spec.start // block_size, -(-end // block_size))
+                    blocks = spec.block_ids[written]
+                    self._lost |= {CachedBlock(Tier.DEVICE, block) for block in blocks}
 
     def _logit_rows(
-        self, chunks: tuple[SequenceChunk, ...]
+        self, chunks: Sequence[SequenceChunk]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """The rows of the pass whose logits are needed, and each chunk's [start, stop) among
+        """The rows of a slice whose logits are needed, and each chunk's [start, stop) among
         them."""
         rows: list[int] = []
         spans = []
@@ -244,10 +315,10 @@ class Shard:
 
     def _sample(
         self,
-        chunks: tuple[SequenceChunk, ...],
+        chunks: Sequence[SequenceChunk],
         logits: torch.Tensor,
-        spans: list[tuple[int, int]],
-    ) -> tuple[tuple[SampledToken, ...], dict[int, Any]]:
+        spans: Sequence[tuple[int, int]],
+    ) -> tuple[list[SampledToken], dict[int, Any]]:
         picked: list[int] = []
         sampling: list[SamplingRow] = []
         prompts: dict[int, Any] = {}
@@ -276,12 +347,12 @@ class Shard:
                     )
                 )
         if not sampling:
-            return (), prompts
+            return [], prompts
         chosen = logits if len(picked) == logits.shape[0] else logits[picked]
         tokens = self._sampler.sample(chosen, sampling)
         for token in tokens:
             self._sequences[token.seq_id].output_token_ids.append(token.token_id)
-        return tuple(tokens), prompts
+        return tokens, prompts
 
     def stats(self) -> dict[str, Any]:
         """Plain data: passes computed, bytes used by tier, bytes moved, seconds busy."""
@@ -308,8 +379,7 @@ class Shard:
                 }
                 for link, totals in self._link_totals().items()
             ],
-            "stall_s": self._weights.transfers.stall_s
-            + (0.0 if self._rotation is None else self._rotation.transfers.stall_s),
+            "stall_s": sum(moved.stall_s for moved in self._transfers()),
         }
 
     @property
@@ -321,11 +391,19 @@ class Shard:
         return [] if self._trace is None else self._trace.snapshot()
 
     def _link_totals(self) -> dict[Link, LinkTotals]:
-        rotated = {} if self._rotation is None else self._rotation.transfers.snapshot()
-        return {**self._weights.transfers.snapshot(), **rotated}
+        return {
+            link: totals for moved in self._transfers() for link, totals in moved.snapshot().items()
+        }
+
+    def _transfers(self) -> list[TransferStats]:
+        """Of everything that moves."""
+        moving = (self._weights, self._rotation, self._activations)
+        return [each.transfers for each in moving if each is not None]
 
     def close(self) -> None:
         """Stop the prefetch and close the files. Idempotent."""
         self._weights.close()
         if self._rotation is not None:
             self._rotation.close()
+        if self._activations is not None:
+            self._activations.close()

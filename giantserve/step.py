@@ -69,9 +69,9 @@ class SampledToken:
 class StepResult:
     """What the last stage's first rank returns for a pass.
 
-    ``prompt_logprobs[seq_id]`` are those of the positions that follow this chunk's tokens within
-    the prompt: entry i belongs to prompt token ``start + i + 1``. ``lost`` are blocks whose content
-    a tier lost: whatever the pass computed from them is worthless.
+    ``prompt_logprobs[seq_id]`` are those of the positions that follow the pass's tokens within the
+    prompt: entry i belongs to prompt token ``start + i + 1``, of its first chunk. ``lost`` are
+    blocks whose content a tier lost: whatever the pass computed from them is worthless.
     """
 
     step_id: int

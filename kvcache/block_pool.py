@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from kvcache.block_copy import BlockCopy
+from kvcache.eviction import EvictionPolicy, LeastRecentlyUsed
 from kvcache.tier import Tier
 from kvcache.tier_blocks import TierBlocks
 
@@ -29,9 +30,10 @@ class BlockPool:
     room left.
 
     Freed content stays on the device until its block is needed. Then it goes down: to the host over
-    its least recently used content, and that to a free rotating block over what was used longest
-    ago there; only from the last tier that has blocks is content lost. What a prompt matches comes
-    up to the device if all that its sequence needs has room there. Not thread-safe.
+    content there, and that to a free rotating block over content there; only from the last tier
+    that has blocks is content lost. On each tier the eviction policy says what should stay. What a
+    prompt matches comes up to the device if all that its sequence needs has room there. Not
+    thread-safe.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class BlockPool:
         enable_prefix_caching: bool = True,
         num_rotating_blocks: int = 0,
         tenant_share: float = 1.0,
+        policy: EvictionPolicy | None = None,
     ) -> None:
-        """``tenant_share``: of each tier's blocks, how many cached ones may be of one tenant."""
+        """``tenant_share``: of each tier's blocks, how many cached ones may be of one tenant.
+        ``policy`` chooses which of them go; None: those used longest ago."""
         if num_device_blocks < 1 or min(num_host_blocks, num_rotating_blocks) < 0 or block_size < 1:
             raise ValueError(
                 f"a pool of {num_device_blocks} device, {num_host_blocks} host and "
@@ -53,9 +57,10 @@ class BlockPool:
         self.num_device_blocks = num_device_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._device = TierBlocks(num_device_blocks, tenant_share)
-        self._rotating = TierBlocks(num_rotating_blocks, tenant_share)
-        self._host = TierBlocks(num_host_blocks, tenant_share)
+        self._policy = policy or LeastRecentlyUsed()
+        self._device = TierBlocks(num_device_blocks, tenant_share, self._policy)
+        self._rotating = TierBlocks(num_rotating_blocks, tenant_share, self._policy)
+        self._host = TierBlocks(num_host_blocks, tenant_share, self._policy)
         self._copies: list[BlockCopy] = []
 
     @property
@@ -114,6 +119,12 @@ class BlockPool:
                 break
             matched.append(places[0])
         return tuple(matched)
+
+    def expect(self, upcoming: Iterable[Sequence[bytes]]) -> None:
+        """Tell the policy what content the requests that run next would match, the next first."""
+        self._policy.expect(upcoming)
+        for blocks in (self._device, self._rotating, self._host):
+            blocks.spare()
 
     def allocate(self, num_new: int, prefix: Sequence[CachedBlock] = ()) -> list[int] | None:
         """Hold blocks with the content of ``prefix``, then ``num_new`` of undefined content.

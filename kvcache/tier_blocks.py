@@ -6,18 +6,26 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping
 
 from kvcache.block_hash import tenant_of
+from kvcache.eviction import EvictionPolicy, LeastRecentlyUsed
 
 
 class TierBlocks:
     """Ref-counted blocks 0 to ``num_blocks - 1`` with a map from content hash to block.
 
     A block is *held* (reference count above 0), *blank* (free, its content worthless) or *idle*
-    (free, its hashed content still findable until the block is taken). At most one block carries a
-    hash.
+    (free, its hashed content still findable until the block is taken). Idle blocks whose content
+    the policy wants are *spared*. At most one block carries a hash.
     """
 
-    def __init__(self, num_blocks: int, tenant_share: float = 1.0) -> None:
-        """The idle blocks of one tenant are at most ``tenant_share`` of all, and one at least: with
+    def __init__(
+        self,
+        num_blocks: int,
+        tenant_share: float = 1.0,
+        policy: EvictionPolicy | None = None,
+    ) -> None:
+        """``policy`` says whose content should stay; None: that used last.
+
+        The idle blocks of one tenant are at most ``tenant_share`` of all, and one at least: with
         one more, the one it used longest ago goes blank."""
         self.num_blocks = num_blocks
         self._tenant_limit = max(1, int(num_blocks * tenant_share))
@@ -27,11 +35,13 @@ class TierBlocks:
         self._by_hash: dict[bytes, int] = {}
         self._blank = deque(range(num_blocks))
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._spared: dict[int, None] = {}
+        self._policy = policy or LeastRecentlyUsed()
 
     @property
     def num_free(self) -> int:
         """Blocks that `take` can still give: blank and idle ones."""
-        return len(self._blank) + len(self._idle)
+        return len(self._blank) + len(self._idle) + len(self._spared)
 
     @property
     def num_cached(self) -> int:
@@ -46,18 +56,19 @@ class TierBlocks:
         return self._hashes[block_id]
 
     def is_idle(self, block_id: int) -> bool:
-        return block_id in self._idle
+        return block_id in self._idle or block_id in self._spared
 
     def take(self) -> tuple[int, bytes | None]:
-        """Hold one free block for new content: a blank one, else the least recently used idle one.
+        """Hold one free block for new content: a blank one, else the least recently used idle one,
+        else the spared one that is wanted last.
 
         Returns the block and the hash of the content that it loses. Raises IndexError when none is
         free.
         """
         if self._blank:
             block_id, lost = self._blank.popleft(), None
-        elif self._idle:
-            block_id = next(iter(self._idle))
+        elif self._idle or self._spared:
+            block_id = next(iter(self._idle)) if self._idle else self._wanted_last()
             lost = self._hashes[block_id]
             assert lost is not None
             self._leave_idle(block_id)
@@ -86,9 +97,20 @@ class TierBlocks:
 
     def touch(self, block_id: int) -> None:
         """Make a block the most recently used, if it is idle."""
-        if block_id in self._idle:
+        if self.is_idle(block_id):
             self._leave_idle(block_id)
             self._become_idle(block_id)
+
+    def spare(self) -> None:
+        """The policy wants other content than before."""
+        for block_id in [b for b in self._spared if self._rank(b) is None]:
+            del self._spared[block_id]
+            self._idle[block_id] = None
+        for block_hash in self._policy.wanted:
+            known = self._by_hash.get(block_hash)
+            if known is not None and known in self._idle:
+                del self._idle[known]
+                self._spared[known] = None
 
     def put(self, block_id: int, block_hash: bytes) -> None:
         """Give a free block this content, as the most recently used, unless another offers it."""
@@ -101,15 +123,17 @@ class TierBlocks:
             self._become_idle(block_id)
 
     def free_blocks(self) -> list[tuple[int, bytes | None]]:
-        """The free blocks with their content, in the order in which `take` gives them."""
-        return [(block_id, self._hashes[block_id]) for block_id in (*self._blank, *self._idle)]
+        """The free blocks with their content: blank ones, then those used longest ago first, then
+        those spared."""
+        free = (*self._blank, *self._idle, *self._spared)
+        return [(block_id, self._hashes[block_id]) for block_id in free]
 
     def forget(self, block_id: int) -> None:
         """Make the content of a block, if it has any, unfindable: it is worthless."""
         block_hash = self._hashes[block_id]
         if block_hash is None:
             return
-        if block_id in self._idle:
+        if self.is_idle(block_id):
             self._leave_idle(block_id)
             self._blank.append(block_id)
         self._hashes[block_id] = None
@@ -123,19 +147,28 @@ class TierBlocks:
             self._by_hash[block_hash] = block_id
 
     def _become_idle(self, block_id: int) -> None:
-        self._idle[block_id] = None
+        free = self._idle if self._rank(block_id) is None else self._spared
+        free[block_id] = None
         own = self._tenants.setdefault(self._tenant(block_id), OrderedDict())
         own[block_id] = None
         if len(own) > self._tenant_limit:
             self.forget(next(iter(own)))
 
     def _leave_idle(self, block_id: int) -> None:
-        del self._idle[block_id]
+        del (self._idle if block_id in self._idle else self._spared)[block_id]
         tenant = self._tenant(block_id)
         own = self._tenants[tenant]
         del own[block_id]
         if not own:
             del self._tenants[tenant]
+
+    def _wanted_last(self) -> int:
+        return max(self._spared, key=lambda block_id: self._rank(block_id) or 0)
+
+    def _rank(self, block_id: int) -> int | None:
+        block_hash = self._hashes[block_id]
+        assert block_hash is not None
+        return self._policy.rank(block_hash)
 
     def _tenant(self, block_id: int) -> bytes:
         block_hash = self._hashes[block_id]
@@ -144,7 +177,10 @@ class TierBlocks:
 
     def check_integrity(self, references: Mapping[int, int] | None = None) -> None:
         """Assert that every block is in exactly one state, and the reference counts, if given."""
-        blank, idle = set(self._blank), set(self._idle)
+        blank, idle = set(self._blank), {*self._idle, *self._spared}
+        assert len(idle) == len(self._idle) + len(self._spared), "a block is idle twice"
+        assert all(self._rank(b) is not None for b in self._spared), "nobody wants a spared block"
+        assert all(self._rank(b) is None for b in self._idle), "a wanted block is not spared"
         assert len(blank) == len(self._blank), "a block is blank twice"
         assert not blank & idle, "a block is both blank and idle"
         for block_id, count in enumerate(self._references):

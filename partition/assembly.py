@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvcache.layout import KVLayout
 from kvcache.tier import Tier
@@ -20,6 +20,7 @@ from partition.cost import (
 from partition.device_pool import DevicePool
 from partition.layer_split import cut_time
 from partition.layout_search import Layout, Solution
+from partition.pass_tokens import NO_ROOM, balanced_slices
 from partition.plan import Forecast, PartitionPlan, ShardPlan, StagePlan, UnitPlacement
 from partition.profile import Unit, UnitKind
 from partition.sizing import (
@@ -49,6 +50,34 @@ class Assembly:
 
     def plan(self, solution: Solution) -> PartitionPlan:
         """The plan of ``solution``; validated."""
+        return replace(self, sizing=self._with_pass_tokens(solution))._write_down(solution)
+
+    def _with_pass_tokens(self, solution: Solution) -> Sizing:
+        """The sizing with as many tokens a pass as are free beside the weights that stream."""
+        sizing, room = self.sizing, self.sizing.activations
+        slice_tokens = sizing.max_slice_tokens
+        if room is NO_ROOM or sizing.max_num_batched_tokens > slice_tokens:
+            return sizing
+        shape = replace(prefill_shape(sizing, self.workload), num_tokens=slice_tokens)
+        slices = 0.0
+        for stage, choices in enumerate(solution.choices):
+            held = self.pool.stages[solution.numbers[stage]]
+            first, end = solution.split[stage]
+            terms = self._terms(solution, stage, shape)
+            for rank, choice in enumerate(choices):
+                if not choice.streamed_bytes:
+                    continue
+                if choice.ring_bytes < self.table.slicing_ring_bytes(rank):
+                    return replace(sizing, activations=NO_ROOM)
+                rates = held.devices[rank].bandwidths
+                found = balanced_slices(terms[rank], rates, room, end - first)
+                slices = max(slices, found)
+        if slices < 2:
+            return replace(sizing, activations=NO_ROOM)
+        tokens = min(room.max_tokens, int(slices) * slice_tokens)
+        return replace(sizing, max_num_batched_tokens=tokens, activations=room.for_tokens(tokens))
+
+    def _write_down(self, solution: Solution) -> PartitionPlan:
         profile, sizing = self.table.profile, self.sizing
         block_size = self.constraints.block_size
         blocks = sizing.num_device_blocks + self._spare_blocks(solution)
@@ -88,6 +117,7 @@ class Assembly:
             else min(limit, blocks * block_size),
             max_num_seqs=sizing.max_num_seqs,
             max_num_batched_tokens=sizing.max_num_batched_tokens,
+            max_slice_tokens=sizing.max_slice_tokens,
             forecast=forecast,
             expert_parallel=profile.expert_parallel,
             reason=_reason(self.layout, sizing, stages, forecast, self.workload),
@@ -204,6 +234,8 @@ class Assembly:
             * sizing.stored.nvme_piece_bytes
             * (run[1] - run[0]),
             rotation_bytes=self.sizing.rotation_bytes,
+            host_activation_bytes=sizing.activations.host_bytes,
+            nvme_activation_bytes=sizing.activations.nvme_bytes,
             workspace_bytes=self.sizing.workspace_bytes,
             staging_bytes=choice.staging_bytes
             + (sizing.landing_bytes if sizing.needs_landing(device.staged) else 0),

@@ -16,6 +16,7 @@ KINDS = (
     "rotation",
     "workspace",
     "staging",
+    "activations",
     "free",
 )
 """The parts a budget is dealt into, in the order in which they are shown. The first are kinds of
@@ -68,8 +69,10 @@ def _use(shard: ShardPlan, tier: Tier, kinds: dict[str, str]) -> MemoryUse:
     if tier is Tier.HOST:
         found["KV"] = shard.host_kv_bytes
         found["staging"] = shard.staging_bytes
+        found["activations"] = shard.host_activation_bytes
     if tier is Tier.NVME:
         found["KV"] = shard.nvme_kv_bytes
+        found["activations"] = shard.nvme_activation_bytes
     budget = shard.budget.of(tier)
     found["free"] = budget - shard.used_bytes(tier)
     parts = {kind: num_bytes for kind, num_bytes in found.items() if num_bytes}

@@ -10,7 +10,7 @@ from kvcache.tier import Tier, TierBudget
 from partition.codec import decode, encode
 from partition.errors import PlanError
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,8 @@ class ShardPlan:
     come to be attended to.
     ``workspace_bytes`` of the device budget are kept free for activations, ``staging_bytes`` of the
     host budget are the buffers through which NVMe units reach a device that cannot be read into.
+    ``host_activation_bytes`` and ``nvme_activation_bytes`` hold hidden states between the layers of
+    passes larger than a slice.
     ``node`` and ``device`` are the cluster's names of where it runs.
     """
 
@@ -47,6 +49,8 @@ class ShardPlan:
     staging_bytes: int = 0
     nvme_kv_bytes: int = 0
     rotation_bytes: int = 0
+    host_activation_bytes: int = 0
+    nvme_activation_bytes: int = 0
     node: str = ""
     device: str = ""
 
@@ -61,8 +65,8 @@ class ShardPlan:
             + self.device_kv_bytes
             + self.rotation_bytes
             + self.workspace_bytes,
-            Tier.HOST: self.host_kv_bytes + self.staging_bytes,
-            Tier.NVME: self.nvme_kv_bytes,
+            Tier.HOST: self.host_kv_bytes + self.staging_bytes + self.host_activation_bytes,
+            Tier.NVME: self.nvme_kv_bytes + self.nvme_activation_bytes,
         }
         return self.weight_bytes(tier) + other[tier]
 
@@ -109,7 +113,8 @@ class PartitionPlan:
     and come to the device while they are attended to, through buffers of ``num_rotation_slots``
     pieces of a layer; ``num_tail_blocks`` hold, on the host, blocks that belong on NVMe and are not
     full yet; ``num_host_blocks`` hold what was demoted. ``kv_storage_dtype`` is how KV lies on host
-    and NVMe.
+    and NVMe. A layer computes up to ``max_slice_tokens`` at a time: a pass of more goes through it
+    slice by slice, its hidden states kept on host and NVMe meanwhile.
     ``expert_parallel``: the ranks of a stage deal out whole experts, instead of cutting each.
     """
 
@@ -126,6 +131,7 @@ class PartitionPlan:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_slice_tokens: int
     forecast: Forecast
     reason: str = ""
     expert_parallel: bool = False
@@ -186,9 +192,16 @@ class PartitionPlan:
             "max_model_len",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "max_slice_tokens",
         ):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.is_sliced and not all(shard.host_activation_bytes for shard in self.shards):
+            raise PlanError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, more than the "
+                f"{self.max_slice_tokens} of max_slice_tokens, but a shard has no "
+                "host_activation_bytes for the others"
+            )
         if self.expert_parallel and self.tensor_parallel == 1:
             raise PlanError(
                 "expert_parallel is true, but tensor_parallel is 1: one rank has nobody to deal "
@@ -225,6 +238,17 @@ class PartitionPlan:
                     f"max_model_len has {longest} blocks, which rotate together"
                 )
 
+    @property
+    def is_sliced(self) -> bool:
+        """Whether a pass may be larger than what a layer computes at a time."""
+        return self.max_num_batched_tokens > self.max_slice_tokens
+
+    @property
+    def may_lose_blocks(self) -> bool:
+        """Whether KV, or what it is computed from, lies where it can be lost."""
+        on_nvme = any(shard.nvme_activation_bytes for shard in self.shards)
+        return on_nvme or self.num_rotating_nvme_blocks > 0
+
     def to_json(self) -> str:
         """The plan as JSON, readable by `from_json` of the same version."""
         return json.dumps(encode(self), indent=2)
@@ -260,6 +284,8 @@ def _validate_shard(shard: ShardPlan) -> None:
         "host_kv_bytes": shard.host_kv_bytes,
         "workspace_bytes": shard.workspace_bytes,
         "staging_bytes": shard.staging_bytes,
+        "host_activation_bytes": shard.host_activation_bytes,
+        "nvme_activation_bytes": shard.nvme_activation_bytes,
         **{placement.unit: placement.num_bytes for placement in shard.placements},
     }
     for name, num_bytes in parts.items():

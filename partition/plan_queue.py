@@ -21,7 +21,14 @@ from partition.layout_search import Layout, LayoutSearch, Solution
 from partition.plan import PartitionPlan
 from partition.profile import ModelProfile
 from partition.scoring import Score, Scoring
-from partition.sizing import Sizing, batch_size, check_constraints, least_sizing, sizings
+from partition.sizing import (
+    MIN_BATCHED_TOKENS,
+    Sizing,
+    batch_size,
+    check_constraints,
+    least_sizing,
+    sizings,
+)
 from partition.stage_orders import StageOrders, stage_orders
 from partition.stage_table import StageTable
 from partition.stage_times import StageTimes
@@ -284,7 +291,11 @@ class PlanQueue:
         parallel = layout.tensor_parallel, layout.expert_parallel
         key = (*parallel, groups, shape, layout.in_turn)
         if key not in self._chains:
-            least = least_sizing(self._profile, self._table(layout).width, self._constraints)
+            asked = self._constraints.max_num_batched_tokens or MIN_BATCHED_TOKENS
+            smallest = replace(
+                self._constraints, max_num_batched_tokens=min(asked, MIN_BATCHED_TOKENS)
+            )
+            least = least_sizing(self._profile, self._table(layout).width, smallest)
             times = self._stage_times(layout, least, shape)
             numbers = {self._pool.alone(group) for group in groups}
             tables = [times.times(number, self._pool.stages[number]) for number in numbers]

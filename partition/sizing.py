@@ -15,6 +15,7 @@ from kvcache.micro_batch import CHUNK_BYTES, NUM_BUFFERS
 from kvcache.tier import TierBudget
 from partition.cost import Array, PassShape, page_rounded
 from partition.errors import PlanError
+from partition.pass_tokens import NO_ROOM, ActivationRoom, activation_room
 from partition.profile import ModelProfile
 from partition.workload import Constraints, Workload
 
@@ -72,7 +73,8 @@ class Sizing:
     need. ``num_decoding`` sequences of the workload's length find room together. Rotating blocks
     pass through ``num_rotation_slots`` of a buffer; those that belong on NVMe are among
     ``num_tail_blocks`` on the host until they are full. Below the device they lie as ``stored``, in
-    ``kv_storage_dtype``."""
+    ``kv_storage_dtype``. A layer computes ``max_slice_tokens`` of a pass at a time; ``activations``
+    is where the others wait."""
 
     block_size: int
     num_device_blocks: int
@@ -81,6 +83,7 @@ class Sizing:
     max_num_seqs: int
     num_decoding: int
     max_num_batched_tokens: int
+    max_slice_tokens: int
     workspace_bytes: int
     kv_share: float | None
     num_rotating_host_blocks: int = 0
@@ -89,6 +92,7 @@ class Sizing:
     num_tail_blocks: int = 0
     stored: StoredPieces
     kv_storage_dtype: str = "auto"
+    activations: ActivationRoom = NO_ROOM
 
     @property
     def num_active_blocks(self) -> int:
@@ -168,13 +172,17 @@ def _sizings(
             device_bytes // (2 * WORKSPACE_SHARE) // row_bytes,
         ),
     )
-    num_tokens = constraints.max_num_batched_tokens or MAX_BATCHED_TOKENS
+    asked = constraints.max_num_batched_tokens
+    num_tokens = asked or MAX_BATCHED_TOKENS
     while (
-        constraints.max_num_batched_tokens is None
-        and num_tokens > MIN_BATCHED_TOKENS
+        num_tokens > MIN_BATCHED_TOKENS
         and workspace_bytes(profile, width, num_tokens, num_seqs) > device_bytes // WORKSPACE_SHARE
     ):
         num_tokens //= 2
+    tokens = asked or workload.concurrency * workload.prompt_tokens
+    activations = activation_room(profile, budget, num_tokens, tokens)
+    if asked is not None and activations.max_tokens < asked:
+        num_tokens, activations = asked, NO_ROOM
     num_seqs = min(num_seqs, num_tokens)
     limit = constraints.max_model_len or profile.max_position_embeddings
     context = min(workload.context, limit)
@@ -198,7 +206,9 @@ def _sizings(
             max_model_len=min(limit, tokens),
             max_num_seqs=held,
             num_decoding=min(fitting, held),
-            max_num_batched_tokens=num_tokens,
+            max_num_batched_tokens=asked or num_tokens,
+            max_slice_tokens=num_tokens,
+            activations=activations,
             workspace_bytes=workspace_bytes(profile, width, num_tokens, held),
             kv_share=kv_share,
             stored=stored,
@@ -276,6 +286,7 @@ def least_sizing(profile: ModelProfile, width: int, constraints: Constraints) ->
         max_num_seqs=num_seqs,
         num_decoding=num_seqs,
         max_num_batched_tokens=num_tokens,
+        max_slice_tokens=num_tokens,
         workspace_bytes=workspace_bytes(profile, width, num_tokens, num_seqs),
         kv_share=None,
         stored=stored_pieces(profile, constraints.block_size, storage_dtype),

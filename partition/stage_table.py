@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcache.layout import DTYPE_BYTES, KVLayerSpec
-from partition.cost import Load, page_rounded, unit_row
+from partition.cost import PAGE_BYTES, Load, page_rounded, unit_row
 from partition.profile import ModelProfile, Unit, UnitKind
 from partition.sharding import ParameterSpec
 from partition.tier_choice import RING_DEPTHS, UnitClass, ring_bytes
@@ -197,6 +197,15 @@ class StageTable:
     def longest_ring_bytes(self, rank: int) -> int:
         """The least ring that a rank needs if its largest units stream."""
         return self._longest_rings[rank]
+
+    def slicing_ring_bytes(self, rank: int) -> int:
+        """The ring in which each layer's units find room together, one after the other: beside
+        those that are held, the larger part of what is free holds the next."""
+        by_layer: dict[int | None, list[int]] = defaultdict(list)
+        for unit in self.profile.units:
+            if may_stream(unit):
+                by_layer[unit.layer].append(self.footprint(unit, rank) + PAGE_BYTES)
+        return max((sum(sizes) + max(sizes) for sizes in by_layer.values()), default=0)
 
     @cached_property
     def _longest_rings(self) -> list[int]:

@@ -116,6 +116,8 @@ class StageTimes:
         choice = self._tiers[problem]
         if choice is not None and choice.streamed_bytes:
             may_stream = self._room(rank, load, held.devices[rank]).may_stream
+            if self.sizing.max_num_batched_tokens > self.sizing.max_slice_tokens:
+                may_stream &= choice.ring_bytes >= self.table.slicing_ring_bytes(rank)
             return choice if may_stream else None
         return choice
 
@@ -155,7 +157,8 @@ class StageTimes:
         within_share = np.asarray(kv >= 0)
         if sizing.kv_share is not None:
             within_share = kv <= sizing.kv_share * (left - self.table.longest_ring_bytes(rank))
-        host = np.asarray(float(budget.host_bytes - landing_bytes))
+        activations = sizing.activations
+        host = np.asarray(float(budget.host_bytes - landing_bytes - activations.host_bytes))
         for count, size in (
             (sizing.num_host_blocks, stored_bytes),
             (sizing.num_rotating_host_blocks, stored_bytes),
@@ -167,7 +170,9 @@ class StageTimes:
         return Room(
             device=np.asarray(left - kv),
             host=np.asarray(host),
-            nvme=np.asarray(budget.nvme_bytes - rotating * load.num_layers),
+            nvme=np.asarray(
+                budget.nvme_bytes - activations.nvme_bytes - rotating * load.num_layers
+            ),
             may_stream=within_share,
         )
 

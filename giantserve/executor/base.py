@@ -55,7 +55,7 @@ class Executor(ABC):
         """By rank what it did when, once the workers have ended."""
         self.kept: dict[int, bytes] = {}
         """The content of the KV blocks that earlier workers left on all shards alike."""
-        self._confirms = specs[0].plan.num_rotating_nvme_blocks > 0
+        self._confirms = specs[0].plan.may_lose_blocks
         self._done: dict[int, list[PassDone]] = defaultdict(list)
         self._arrived: list[StepResult] = []
         self._wake_read, self._wake_write = os.pipe()

@@ -4,6 +4,7 @@ micro-batch."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from giantserve.models.batch import ChunkSpec, PassBatch, build_batch
 from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore, KVViews
-from kvcache.micro_batch import BlockUse, deal
+from kvcache.micro_batch import BlockUse, MicroBatch, deal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +45,9 @@ class PassKV:
         *,
         gathered: bool = False,
     ) -> None:
-        """The rotation's first reads start here. Use as a context manager."""
+        """For `rotating`, within which alone `parts` works."""
         self._kv, self._rotation = kv, rotation
+        self.micro_batches: tuple[MicroBatch, ...] = ()
         self.batch = build_batch(specs, block_size, device, gathered=gathered)
         self._resident: PassPart | None = PassPart(rows=None, batch=self.batch)
         self._rotated: list[PassPart] = []
@@ -71,23 +73,14 @@ class PassKV:
 
         stays = [position for position in range(len(specs)) if position not in outside]
         self._resident = part(stays, [specs[p] for p in stays]) if stays else None
-        micro_batches = deal(outside, rotation.num_slots)
-        for micro_batch in micro_batches:
+        self.micro_batches = deal(outside, rotation.num_slots)
+        for micro_batch in self.micro_batches:
             slots = micro_batch.slots
             moved = [
                 replace(specs[p], block_ids=[slots[block] for block in outside[p].block_ids])
                 for p in micro_batch.members
             ]
             self._rotated.append(part(micro_batch.members, moved))
-        rotation.begin(micro_batches)
-
-    def __enter__(self) -> PassKV:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._rotated:
-            assert self._rotation is not None
-            self._rotation.end()
 
     def parts(self, layer: int) -> Iterator[tuple[PassPart, KVViews]]:
         """Each part with its keys and values, [blocks, block_size, heads, dim] each, as the block
@@ -99,6 +92,20 @@ class PassKV:
             assert self._rotation is not None
             yield part, self._rotation.take(layer)
             self._rotation.put_back()
+
+
+@contextmanager
+def rotating(rotation: KVRotation | None, slices: Sequence[PassKV]) -> Iterator[None]:
+    """A pass whose slices go through each layer in this order. The first reads start here."""
+    micro_batches = [each for kv in slices for each in kv.micro_batches]
+    if rotation is None or not micro_batches:
+        yield
+        return
+    rotation.begin(micro_batches)
+    try:
+        yield
+    finally:
+        rotation.end()
 
 
 def _use(spec: ChunkSpec, block_size: int) -> BlockUse:

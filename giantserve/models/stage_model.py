@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from giantserve.models.attention import PagedAttention
-from giantserve.models.batch import ChunkSpec, PassBatch
+from giantserve.models.batch import ChunkSpec
 from giantserve.models.caches import GatheringCache, PassThroughCache
 from giantserve.models.collectives import TensorParallel
 from giantserve.models.linear import can_pack, pack
-from giantserve.models.pass_kv import PassKV
+from giantserve.models.pass_kv import PassKV, rotating
 from giantserve.models.patching import replace_forward
 from giantserve.models.tensor_parallel import parallelise
+from kvcache.activations import ActivationStore
 from kvcache.arena import Arena
 from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore
@@ -43,8 +45,34 @@ class Weights(Protocol):
     def gather_rows(self, unit: str, tensor: str, ids: torch.Tensor) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassSlice:
+    """Tokens of a pass that go through a layer together: whole chunks, the rows whose logits are
+    wanted, and each chunk's [start, stop) among these. ``inputs`` gives the token ids [T] or hidden
+    states [T, H] when the first layer comes to them."""
+
+    inputs: Callable[[], torch.Tensor]
+    specs: list[ChunkSpec]
+    logit_rows: list[int]
+    spans: list[tuple[int, int]]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(spec.length for spec in self.specs)
+
+
+class _Part(NamedTuple):
+    """Chunks that one call of the model computes: their rows, and those of them whose logits are
+    wanted."""
+
+    kv: PassKV
+    rows: slice
+    logit_rows: list[int]
+
+
 class _StageDone(Exception):
-    """Raised by the last local layer to leave the model's forward with the hidden states."""
+    """Raised by the last layer that is to run, to leave the model's forward with the hidden
+    states."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.hidden = hidden
@@ -83,9 +111,13 @@ class StageModel:
         materialise_buffers(self.model, device)
         self._accepts_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self._slots = _parameter_slots(self.model, self.units)
-        self._bound: dict[str, int] = {}
-        self._current: str | None = None
+        self._span = first_layer, end_layer
+        self._window = self._span
+        self._ends_early = not self.is_last
         self._injected: torch.Tensor | None = None
+        self._held: list[str] = []
+        self._holds_all = False
+        self._current: str | None = None
         self._attention: PagedAttention | None = None
         self._kv: KVStore | None = None
         self._rotation: KVRotation | None = None
@@ -97,20 +129,27 @@ class StageModel:
 
     def _prune(self, first_layer: int, end_layer: int) -> None:
         for index, layer in enumerate(self._layers):
+            forward = layer.forward
             if not first_layer <= index < end_layer:
                 _empty(layer)
-                replace_forward(layer, _skipping(self.profile.layer_outputs))
+            replace_forward(layer, self._in_window(index, forward))
         if not self.is_first:
-            first = self._layers[first_layer]
-            replace_forward(first, self._injecting(first.forward))
             _silence_inputs(self.model, self.profile)
-        if not self.is_last:
-            last = self._layers[end_layer - 1]
-            replace_forward(last, _leaving(last.forward))
 
-    def _injecting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _in_window(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The layer's forward where it is among those to run now, else a pass-through; the one
+        before the first of them brings the states in."""
+        num_outputs = self.profile.layer_outputs
+
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return forward(self._injected, *args, **kwargs)
+            first, end = self._window
+            if first <= index < end:
+                output = forward(hidden_states, *args, **kwargs)
+                if self._ends_early and index == end - 1:
+                    raise _StageDone(output[0] if isinstance(output, tuple) else output)
+                return output
+            states = self._injected if index == first - 1 else hidden_states
+            return (states, *[None] * (num_outputs - 1)) if num_outputs else states
 
         return run
 
@@ -196,17 +235,24 @@ class StageModel:
         if unit == self._current:
             return
         assert self._weights is not None
-        self._leave()
-        self._bind(unit, self._weights.acquire(unit))
+        self._trace_current()
+        if not self._holds_all:
+            self._leave()
+        if unit not in self._held:
+            self._bind(unit, self._weights.acquire(unit))
+            self._held.append(unit)
         self._current, self._entered_s = unit, time.perf_counter()
 
+    def _trace_current(self) -> None:
+        if self._trace is not None and self._current is not None:
+            self._trace.add("computes with", self._current, self._entered_s)
+        self._current = None
+
     def _leave(self) -> None:
-        if self._current is not None:
-            assert self._weights is not None
-            self._weights.release(self._current)
-            if self._trace is not None:
-                self._trace.add("computes with", self._current, self._entered_s)
-            self._current = None
+        assert self._weights is not None
+        self._trace_current()
+        while self._held:
+            self._weights.release(self._held.pop())
 
     def _bind(self, unit: str, tensors: dict[str, torch.Tensor]) -> None:
         for module, leaf, name in self._slots[unit]:
@@ -263,73 +309,105 @@ class StageModel:
         """Run the stage for the chunks ``specs``, laid one after the other in ``inputs``."""
         assert self._weights is not None
         self._weights.whole_experts = self.profile.reads_whole_experts(inputs.shape[0])
-        if self._generic:
-            return self._forward_one_by_one(inputs, specs, block_size, logit_rows)
-        latent = self.profile.attention is AttentionKind.LATENT
-        assert self._attention is not None
-        with self._pass_kv(specs, block_size, gathered=latent) as kv:
-            self._attention.kv = kv
-            cache = GatheringCache(kv) if latent else PassThroughCache()
-            try:
-                return self._run(inputs, kv.batch, cache, logit_rows, attention_mask=None)
-            finally:
-                self._attention.kv = None
-                self._leave()
-
-    def _pass_kv(self, specs: list[ChunkSpec], block_size: int, *, gathered: bool) -> PassKV:
-        assert self._kv is not None
-        return PassKV(self._kv, self._rotation, specs, block_size, self._device, gathered=gathered)
-
-    def _forward_one_by_one(
-        self, inputs: torch.Tensor, specs: list[ChunkSpec], block_size: int, logit_rows: list[int]
-    ) -> torch.Tensor:
-        """For models with an attention of their own: each sequence by itself, with a dense mask."""
         outputs = []
-        row = 0
-        for spec in specs:
-            rows = [r - row for r in logit_rows if row <= r < row + spec.length]
-            mask = torch.ones(1, spec.start + spec.length, dtype=torch.long, device=self._device)
-            with self._pass_kv([spec], block_size, gathered=True) as kv:
-                outputs.append(
-                    self._run(
-                        inputs[row : row + spec.length],
-                        kv.batch,
-                        GatheringCache(kv),
-                        rows,
-                        attention_mask=mask,
-                    )
-                )
-            self._leave()
-            row += spec.length
-        return torch.cat(outputs)
+        for part in self._parts(specs, block_size, logit_rows):
+            with rotating(self._rotation, [part.kv]):
+                try:
+                    outputs.append(self._run(inputs[part.rows], part.kv, part.logit_rows))
+                finally:
+                    self._leave()
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _run(
-        self,
-        inputs: torch.Tensor,
-        batch: PassBatch,
-        cache: PassThroughCache,
-        logit_rows: list[int],
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
+    @torch.no_grad()
+    def forward_slices(
+        self, slices: Sequence[PassSlice], block_size: int, store: ActivationStore
+    ) -> Iterator[torch.Tensor]:
+        """What `forward` returns, of one slice after the other. Each layer sees all slices before
+        the next one begins, and its weights are held meanwhile; between layers the states lie in
+        ``store``, for which the caller begins and ends the pass."""
+        assert self._weights is not None
+        num_tokens = sum(each.num_tokens for each in slices)
+        self._weights.whole_experts = self.profile.reads_whole_experts(num_tokens)
+        parts = [self._parts(each.specs, block_size, each.logit_rows) for each in slices]
+        first, end = self._span
+        self._holds_all = True
+        try:
+            with rotating(self._rotation, [part.kv for of in parts for part in of]):
+                for layer in range(first, end):
+                    self._window, self._ends_early = (layer, layer + 1), True
+                    for index, each in enumerate(slices):
+                        inputs = each.inputs() if layer == first else store.take(index)
+                        outputs = [self._run(inputs[p.rows], p.kv, []) for p in parts[index]]
+                        states = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+                        if layer + 1 < end or self.is_last:
+                            store.put(index, states)
+                        else:
+                            yield states
+                    self._leave()
+                if self.is_last:
+                    self._window, self._ends_early = (end, end), False
+                    for index in range(len(slices)):
+                        states = store.take(index)
+                        yield torch.cat(
+                            [self._run(states[p.rows], p.kv, p.logit_rows) for p in parts[index]]
+                        )
+        finally:
+            self._holds_all = False
+            self._window, self._ends_early = self._span, not self.is_last
+            self._leave()
+
+    @property
+    def num_takes(self) -> int:
+        """How often `forward_slices` takes each slice's states from the store."""
+        first, end = self._span
+        return end - first - 1 + self.is_last
+
+    def _parts(self, specs: list[ChunkSpec], block_size: int, logit_rows: list[int]) -> list[_Part]:
+        """All chunks as one; each by itself for models with an attention of their own, which takes
+        one sequence and a dense mask."""
+        assert self._kv is not None
+        gathered = self.profile.attention is not AttentionKind.PAGED
+        parts = []
+        row = 0
+        for chunks in [[spec] for spec in specs] if self._generic else [specs]:
+            rows = slice(row, row + sum(spec.length for spec in chunks))
+            kv = PassKV(
+                self._kv, self._rotation, chunks, block_size, self._device, gathered=gathered
+            )
+            wanted = [r - row for r in logit_rows if rows.start <= r < rows.stop]
+            parts.append(_Part(kv=kv, rows=rows, logit_rows=wanted))
+            row = rows.stop
+        return parts
+
+    def _run(self, inputs: torch.Tensor, kv: PassKV, logit_rows: list[int]) -> torch.Tensor:
+        """The layers of the window, and what follows them where they do not end early."""
+        mask = None
+        if self._generic:
+            (spec,) = kv.batch.specs
+            mask = torch.ones(1, spec.start + spec.length, dtype=torch.long, device=self._device)
+        paged = self.profile.attention is AttentionKind.PAGED
         arguments: dict[str, Any] = {
-            "position_ids": batch.positions.unsqueeze(0),
-            "attention_mask": attention_mask,
-            "past_key_values": cache,
+            "position_ids": kv.batch.positions.unsqueeze(0),
+            "attention_mask": mask,
+            "past_key_values": PassThroughCache() if paged else GatheringCache(kv),
             "use_cache": True,
         }
-        if self.is_first:
+        if self._window[0] == 0:
             arguments["input_ids"] = inputs.unsqueeze(0)
         else:
             self._injected = inputs.unsqueeze(0)
             arguments["inputs_embeds"] = self._injected
         rows = torch.tensor(logit_rows, dtype=torch.long, device=self._device)
-        if self._accepts_rows and self.is_last:
+        if self._accepts_rows and not self._ends_early:
             arguments["logits_to_keep"] = rows
+        assert self._attention is not None
+        self._attention.kv = kv
         try:
             logits: torch.Tensor = self.model(**arguments).logits[0]
         except _StageDone as done:
             return done.hidden[0]
         finally:
+            self._attention.kv = None
             self._injected = None
         return logits if self._accepts_rows else logits[rows]
 
@@ -337,24 +415,6 @@ class StageModel:
 def _path_of(model: nn.Module, target: nn.Module) -> str:
     path: str = next(name for name, module in model.named_modules() if module is target)
     return path
-
-
-def _skipping(num_outputs: int) -> Callable[..., Any]:
-    """A forward that returns its input in the form in which the architecture's layers return
-    theirs."""
-
-    def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states, *[None] * (num_outputs - 1)) if num_outputs else hidden_states
-
-    return run
-
-
-def _leaving(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        raise _StageDone(output[0] if isinstance(output, tuple) else output)
-
-    return run
 
 
 def _empty(module: nn.Module) -> None:

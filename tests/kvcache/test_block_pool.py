@@ -9,6 +9,7 @@ import pytest
 from kvcache.block_copy import BlockCopy
 from kvcache.block_hash import DIGEST_BYTES, hash_block, tenant_of, tenant_root
 from kvcache.block_pool import BlockPool, CachedBlock
+from kvcache.eviction import LeastRecentlyUsed, NextRequests
 from kvcache.tier import Tier
 
 A, B, C, D = (hash_block(tenant_root("t"), [n]) for n in range(4))
@@ -302,3 +303,53 @@ def test_hashes_name_their_tenant() -> None:
     first = hash_block(tenant_root("a"), [1])
     assert tenant_of(hash_block(first, [2])) == tenant_of(first) == tenant_of(tenant_root("a"))
     assert tenant_of(first) != tenant_of(tenant_root("b"))
+
+
+def _three_cached(pool: BlockPool) -> None:
+    owned = allocate(pool, 3)
+    pool.cache_full_blocks(owned, [A, B, C])
+    pool.free(owned)  # C was used longest ago
+
+
+def test_what_the_next_requests_want_stays() -> None:
+    pool = BlockPool(3, 0, 2, policy=NextRequests())
+    _three_cached(pool)
+    pool.expect([[C], [B]])
+    pool.check_integrity({}, {})
+    assert allocate(pool, 1) == [0]  # A, which nobody wants
+    assert allocate(pool, 1) == [1]  # B, which is wanted later
+    assert pool.match_prefix([C]) == (CachedBlock(Tier.DEVICE, 2),)
+    pool.check_integrity({0: 1, 1: 1}, {})
+
+
+def test_what_nobody_wants_any_more_goes_in_its_turn() -> None:
+    pool = BlockPool(3, 0, 2, policy=NextRequests())
+    _three_cached(pool)
+    pool.expect([[C, B, A]])
+    pool.expect([])
+    pool.check_integrity({}, {})
+    assert pool.num_free_device_blocks == 3
+    pool.expect([[A]])
+    assert sorted(allocate(pool, 2)) == [1, 2]
+
+
+def test_content_is_wanted_on_every_tier_and_when_it_comes_later() -> None:
+    pool = BlockPool(2, 2, 2, policy=NextRequests())
+    owned = allocate(pool, 2)
+    pool.cache_full_blocks(owned, [A, B])
+    pool.expect([[B]])
+    pool.free(owned)
+    assert allocate(pool, 2) == [0, 1]  # both sink, A first
+    pool.check_integrity({0: 1, 1: 1}, {})
+    pool.cache_full_blocks([0, 1], [C, D])
+    pool.free([0, 1])
+    assert allocate(pool, 1) == [1]  # D takes A's place on the host, not B's
+    assert pool.find(B) == [CachedBlock(Tier.HOST, 1)]
+    assert pool.find(A) == []
+
+
+def test_least_recently_used_hears_of_nothing() -> None:
+    pool = BlockPool(3, 0, 2, policy=LeastRecentlyUsed())
+    _three_cached(pool)
+    pool.expect([[C]])
+    assert allocate(pool, 1) == [2]

@@ -169,9 +169,10 @@ class Oracle:
         host = device.budget.host_bytes - page_rounded(sizing.num_host_blocks * stored)
         host -= page_rounded(sizing.num_rotating_host_blocks * stored)
         host -= page_rounded(sizing.num_tail_blocks * kv)
+        host -= sizing.activations.host_bytes
         if device.staged or lossy:
             host -= 3 * sizing.num_rotation_slots * sizing.stored.nvme_piece_bytes
-        nvme = device.budget.nvme_bytes
+        nvme = device.budget.nvme_bytes - sizing.activations.nvme_bytes
         nvme -= sizing.num_rotating_nvme_blocks * sizing.stored.nvme_piece_bytes * num_layers
         tiers = _assignments_of(len(sizes))
         held = {tier: (tiers == index) @ sizes for index, tier in enumerate(Tier)}

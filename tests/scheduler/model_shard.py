@@ -37,17 +37,27 @@ class ModelShard:
     """Runs plans in FIFO order and asserts that each chunk finds exactly its own context.
 
     The KV of position p is modelled as (tenant, tokens 0..p): what a real key depends on. A
-    chunk's context from earlier passes is checked before the pass writes anything (so no chunk may
-    lean on a block that another chunk of the same pass fills), and all contexts again after all
-    have written (so no two chunks write to the same place).
+    chunk's context from earlier passes and slices is checked before its slice writes anything (so
+    no chunk may lean on a block that another chunk of the same slice fills, and none that rotates
+    on one of the same pass), and all contexts again after all have written (so no two chunks write
+    to the same place).
 
     `damage` makes a block unreadable: passes that need it report it, and what they compute from it,
     or from what was computed from it, is `NONSENSE`.
     """
 
     def __init__(
-        self, num_device: int, num_host: int, block_size: int, request_of: Callable[[int], Request]
+        self,
+        num_device: int,
+        num_host: int,
+        block_size: int,
+        request_of: Callable[[int], Request],
+        *,
+        max_slice_tokens: int,
+        first_rotating: int,
     ) -> None:
+        self.max_slice_tokens = max_slice_tokens
+        self.first_rotating = first_rotating
         self.block_size = block_size
         self.request_of = request_of
         self.memory: dict[Tier, list[dict[int, object]]] = {
@@ -91,18 +101,34 @@ class ModelShard:
                 self.lost |= {source, target}
                 self.memory[copy.target][copy.target_id] = dict.fromkeys(content, NONSENSE)
             self.copied[target] += 1
-        assert len({chunk.seq_id for chunk in plan.chunks}) == len(plan.chunks)
-        for chunk in plan.chunks:
-            sequence = self.sequences[chunk.seq_id]
-            sequence.block_ids.extend(chunk.new_block_ids)
-            assert len(set(sequence.block_ids)) == len(sequence.block_ids)
-            self._check_context(chunk, chunk.start)
-        for chunk in plan.chunks:
-            self._write(chunk)
+        for seq_id, number in Counter(chunk.seq_id for chunk in plan.chunks).items():
+            rotates = max(self.sequences[seq_id].block_ids) >= self.first_rotating
+            assert number == 1 or not rotates
+        for chunks in self._slices(plan):
+            for chunk in chunks:
+                sequence = self.sequences[chunk.seq_id]
+                sequence.block_ids.extend(chunk.new_block_ids)
+                assert len(set(sequence.block_ids)) == len(sequence.block_ids)
+                self._check_context(chunk, chunk.start)
+            for chunk in chunks:
+                self._write(chunk)
         for chunk in plan.chunks:
             self._check_context(chunk, chunk.start + len(chunk.token_ids))
         tokens = {c.seq_id: self._sample(c) for c in plan.chunks if c.sample}
         return plan.step_id, tokens, self.lost
+
+    def _slices(self, plan: StepPlan) -> list[list[SequenceChunk]]:
+        """Whole chunks, as many together as a slice has room for."""
+        slices: list[list[SequenceChunk]] = []
+        room = 0
+        for chunk in plan.chunks:
+            assert len(chunk.token_ids) <= self.max_slice_tokens
+            if len(chunk.token_ids) > room:
+                slices.append([])
+                room = self.max_slice_tokens
+            slices[-1].append(chunk)
+            room -= len(chunk.token_ids)
+        return slices
 
     def _value(self, seq_id: int, position: int) -> object:
         tokens = self.sequences[seq_id].tokens

@@ -11,6 +11,7 @@ from giantserve.scheduler import MAX_LOSSES, Scheduler, SchedulerConfig
 from giantserve.step import NewSequence, SequenceChunk, StepPlan
 from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import BlockPool, CachedBlock
+from kvcache.eviction import NextRequests
 from kvcache.tier import Tier
 
 
@@ -27,6 +28,7 @@ def make(
     *,
     seqs: int = 8,
     tokens: int = 64,
+    slice_tokens: int = 64,
     passes: int = 1,
     queued: int = 100,
     caching: bool = False,
@@ -35,6 +37,7 @@ def make(
     config = SchedulerConfig(
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
+        max_slice_tokens=slice_tokens,
         max_model_len=32,
         max_passes_in_flight=passes,
         block_size=4,
@@ -200,6 +203,32 @@ def test_chunks_of_one_prompt_follow_each_other_through_the_pipeline() -> None:
     assert scheduler.schedule() is None, "the next token is being sampled"
 
 
+def test_a_long_prompt_is_cut_into_the_slices_of_one_pass() -> None:
+    scheduler, _, _ = make(device=12, tokens=40, slice_tokens=12)
+    scheduler.add(request(1, 20, max_tokens=2))
+    scheduler.add(request(2, 6, max_tokens=2))
+    plan = step(scheduler)
+    assert spans(plan) == [(1, 0, 12), (1, 12, 8), (2, 0, 6)]
+    assert [chunk.sample for chunk in plan.chunks] == [False, True, True]
+
+
+def test_a_prompt_that_rotates_has_one_slice_a_pass() -> None:
+    pool, clock = BlockPool(2, 0, 4, False, 10), Clock()
+    config = SchedulerConfig(
+        max_num_seqs=4,
+        max_num_batched_tokens=40,
+        max_slice_tokens=12,
+        max_model_len=32,
+        max_passes_in_flight=1,
+        block_size=4,
+        max_queued_requests=4,
+    )
+    scheduler = Scheduler(config, pool, clock)
+    scheduler.add(request(1, 20, max_tokens=2))
+    assert spans(step(scheduler)) == [(1, 0, 12)]
+    assert spans(step(scheduler)) == [(1, 12, 8)]
+
+
 def test_a_prefix_is_reused_within_the_tenant_but_its_last_token_is_computed() -> None:
     scheduler, _, _ = make(device=12, caching=True)
     scheduler.add(request(1, 8))
@@ -239,6 +268,31 @@ def test_generated_blocks_are_cached_for_the_next_turn() -> None:
 
 def to_host(source_id: int, target_id: int) -> BlockCopy:
     return BlockCopy(source=Tier.DEVICE, source_id=source_id, target=Tier.HOST, target_id=target_id)
+
+
+def test_a_prefix_that_waits_for_its_request_outlives_younger_ones() -> None:
+    """The first prompt is cached first and wanted again; the second's blocks go instead."""
+    pool, clock = BlockPool(6, 0, 4, True, policy=NextRequests()), Clock()
+    config = SchedulerConfig(
+        max_num_seqs=1,
+        max_num_batched_tokens=64,
+        max_slice_tokens=64,
+        max_model_len=32,
+        max_passes_in_flight=1,
+        block_size=4,
+        max_queued_requests=9,
+    )
+    scheduler = Scheduler(config, pool, clock)
+    old, young, other = (tuple(range(start, start + 9)) for start in (0, 20, 40))
+    for seq_id, prompt in ((1, old), (2, young)):
+        scheduler.add(request(seq_id, prompt, max_tokens=1))
+        step(scheduler)
+        scheduler.finish(seq_id)
+    scheduler.add(request(3, other, max_tokens=1))
+    scheduler.add(request(4, old, max_tokens=1))
+    assert spans(step(scheduler)) == [(3, 0, 9)]
+    scheduler.finish(3)
+    assert spans(step(scheduler)) == [(4, 8, 1)]
 
 
 def test_preemption_moves_the_latest_to_the_host_and_brings_it_back() -> None:
@@ -384,6 +438,7 @@ def test_wrong_results_and_limits_are_refused() -> None:
     limits = {
         "max_num_seqs": 1,
         "max_num_batched_tokens": 1,
+        "max_slice_tokens": 1,
         "max_model_len": 1,
         "max_passes_in_flight": 1,
         "block_size": 8,

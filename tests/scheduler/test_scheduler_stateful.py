@@ -23,6 +23,7 @@ from giantserve.sampling_params import SamplingParams
 from giantserve.scheduler import Scheduler, SchedulerConfig
 from giantserve.step import StepPlan
 from kvcache.block_pool import BlockPool
+from kvcache.eviction import NextRequests
 from kvcache.tier import Tier
 
 MAX_MODEL_LEN = 24
@@ -43,6 +44,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         passes=st.integers(1, 3),
         max_num_seqs=st.integers(1, 6),
         max_tokens=st.sampled_from([1, 3, 6, 12, 40]),
+        slice_tokens=st.sampled_from([2, 5, 40]),
     )
     def start(
         self,
@@ -55,11 +57,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         passes: int,
         max_num_seqs: int,
         max_tokens: int,
+        slice_tokens: int,
     ) -> None:
-        self.pool = BlockPool(num_device, num_host, block_size, caching, num_rotating, tenant_share)
+        self.pool = BlockPool(
+            num_device, num_host, block_size, caching, num_rotating, tenant_share, NextRequests()
+        )
         self.config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_tokens,
+            max_slice_tokens=min(slice_tokens, max_tokens),
             max_model_len=MAX_MODEL_LEN,
             max_passes_in_flight=passes,
             block_size=block_size,
@@ -71,7 +77,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open: set[int] = set()
         self.sampling: set[int] = set()
         self.shard = ModelShard(
-            num_device + num_rotating, num_host, block_size, self.requests.__getitem__
+            num_device + num_rotating,
+            num_host,
+            block_size,
+            self.requests.__getitem__,
+            max_slice_tokens=self.config.max_slice_tokens,
+            first_rotating=num_device,
         )
 
     @rule(
@@ -270,7 +281,7 @@ def test_any_order_of_events() -> None:
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
-            max_examples=200,
+            max_examples=600,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
