@@ -42,12 +42,16 @@ class _Moves:
     what lies in memory, ``scatters`` (target, slots, its rows), where a source or target is DEVICE
     or HOST; ``reads`` and ``writes`` runs of slots whose blocks are neighbours on NVMe. ``tails``
     and ``kept`` are (slots, tail rows) before and after the pass; ``filled`` blocks leave their
-    tail rows with it. Slots ``near`` are those of ``tails``: they are read with their neighbours,
-    since one long read is faster than two short ones, and what is read there counts for nothing."""
+    tail rows with it. The slots ``on_nvme`` are read from ``places`` of the file; what comes to
+    those that are not ``wanted``, since they lie in tail rows or between others, counts for
+    nothing, and ``blank`` ones are cleared: they are written to."""
 
     micro_batch: MicroBatch
     gathers: tuple[tuple[Tier, slice, torch.Tensor], ...]
-    near: frozenset[int]
+    on_nvme: slice
+    places: torch.Tensor
+    wanted: torch.Tensor
+    blank: tuple[int, ...]
     tails: tuple[torch.Tensor, torch.Tensor]
     reads: tuple[slice, ...]
     scatters: tuple[tuple[Tier, torch.Tensor, torch.Tensor], ...]
@@ -70,8 +74,9 @@ class _Job:
 
 
 class KVRotation:
-    """Owns the blocks beyond the device's: first ``num_host_blocks`` on the host, then
-    ``num_nvme_blocks`` on NVMe. A block's id counts on from the device's last.
+    """Owns the blocks beyond the device's: first ``num_host_blocks`` on the host, then, from the
+    block ``first_nvme`` on, ``num_nvme_blocks`` on NVMe. A block's id counts on from the device's
+    last.
 
     A block of NVMe to which every pass adds a token would be read and written with each, a small
     piece a layer. So until it is full it lies in a *tail* row on the host, where one is left.
@@ -109,8 +114,8 @@ class KVRotation:
         self._strides = [_aligned(piece.num_bytes) for piece in self._stored]
         self._buffer_strides = [_aligned(piece.num_bytes) for piece in self._pieces]
         self._first_host: int = store.num_device_blocks
-        self._first_nvme: int = self._first_host + num_host_blocks
-        self.num_blocks = self._first_nvme + num_nvme_blocks
+        self.first_nvme: int = self._first_host + num_host_blocks
+        self.num_blocks = self.first_nvme + num_nvme_blocks
         self.num_slots = num_slots
         self._homes = {
             Tier.DEVICE: store.device_rows,
@@ -138,7 +143,7 @@ class KVRotation:
         if self._file is not None:
             index = self._file.kept()
             self._sums = index.sums
-            self.kept = {self._first_nvme + place: h for place, h in index.hashes.items()}
+            self.kept = {self.first_nvme + place: h for place, h in index.hashes.items()}
         self.transfers = TransferStats(trace)
         self._jobs: list[_Job] = []
         self._at = 0
@@ -201,7 +206,7 @@ class KVRotation:
 
     def tier_of(self, block: int) -> Tier:
         """Where a block that rotates lies."""
-        return Tier.HOST if block < self._first_nvme else Tier.NVME
+        return Tier.HOST if block < self.first_nvme else Tier.NVME
 
     def save(
         self,
@@ -228,7 +233,7 @@ class KVRotation:
     def keep(self, hashes: Mapping[int, bytes]) -> None:
         """Leave the content of these NVMe blocks, oldest use first, to a later process."""
         if self._file is not None:
-            places = {block - self._first_nvme: found for block, found in hashes.items()}
+            places = {block - self.first_nvme: found for block, found in hashes.items()}
             self._file.keep(KeptIndex(places, self._sums))
 
     def close(self) -> None:
@@ -251,7 +256,7 @@ class KVRotation:
         """Free tail rows for the unfinished blocks of a pass, those used longest ago first."""
         blocks = {block for each in micro_batches for block in each.blocks}
         missing = sum(
-            each.blocks[slot] >= self._first_nvme and each.blocks[slot] not in self._tails
+            each.blocks[slot] >= self.first_nvme and each.blocks[slot] not in self._tails
             for each in micro_batches
             for slot in each.unfinished
         )
@@ -271,7 +276,7 @@ class KVRotation:
         kept = set()
         for slot in micro_batch.unfinished:
             block = micro_batch.blocks[slot]
-            if block >= self._first_nvme and (block in self._tails or self._free_tails):
+            if block >= self.first_nvme and (block in self._tails or self._free_tails):
                 row = self._tails.pop(block, None)
                 self._tails[block] = self._free_tails.pop() if row is None else row
                 kept.add(slot)
@@ -283,8 +288,8 @@ class KVRotation:
         kept = self._keep_tails(micro_batch)
         regions = (
             (Tier.DEVICE, 0, self._first_host),
-            (Tier.HOST, self._first_host, self._first_nvme),
-            (Tier.NVME, self._first_nvme, self.num_blocks),
+            (Tier.HOST, self._first_host, self.first_nvme),
+            (Tier.NVME, self.first_nvme, self.num_blocks),
         )
         bounds = [0]
         gathers, scatters = [], []
@@ -302,15 +307,19 @@ class KVRotation:
                 rows = torch.tensor([blocks[slot] - first for slot in slots])
                 where = torch.tensor(slots, device=self._buffers[0].device)
                 scatters.append((tier, where, rows.to(self._device_of(tier))))
-        on_disk = range(bounds[2], bounds[3])
-        near = frozenset(slot for slot in on_disk if slot in tails)
-        behind = [slot for slot in micro_batch.written if blocks[slot] >= self._first_nvme]
+        on_nvme = range(bounds[2], bounds[3])
+        near = {slot for slot in on_nvme if slot in tails}
+        unwanted = near | micro_batch.bridges
+        behind = [slot for slot in micro_batch.written if blocks[slot] >= self.first_nvme]
         return _Moves(
             micro_batch=micro_batch,
             gathers=tuple(gathers),
-            near=near,
+            on_nvme=slice(bounds[2], bounds[3]),
+            places=torch.tensor(blocks[bounds[2] : bounds[3]], dtype=torch.long) - self.first_nvme,
+            wanted=torch.tensor([slot not in unwanted for slot in on_nvme], dtype=torch.bool),
+            blank=tuple(micro_batch.bridges.intersection(micro_batch.written)),
             tails=_index(sorted(near), [tails[slot] for slot in sorted(near)]),
-            reads=tuple(run for run in _runs(blocks, on_disk) if not near.issuperset(_slots(run))),
+            reads=tuple(r for r in _runs(blocks, on_nvme) if not unwanted.issuperset(_slots(r))),
             scatters=tuple(scatters),
             kept=_index(sorted(kept), [self._tails[blocks[slot]] for slot in sorted(kept)]),
             writes=tuple(_runs(blocks, [slot for slot in behind if slot not in kept])),
@@ -391,7 +400,7 @@ class KVRotation:
     def _on_nvme(self, job: _Job, run: slice) -> int:
         """The place in the file of a run's first block."""
         first: int = run.start
-        return job.moves.micro_batch.blocks[first] - self._first_nvme
+        return job.moves.micro_batch.blocks[first] - self.first_nvme
 
     def _count(
         self, link: Link, num_bytes: int, begun_s: float, job: _Job, done: Future[None]
@@ -404,20 +413,24 @@ class KVRotation:
         if not all(future.done() for _, future in job.reads):
             wait([future for _, future in job.reads])
             self.transfers.add_stall(begun_s, f"KV of layer {job.layer}")
+        moves = job.moves
+        if not job.reads:
+            return
+        lost: set[int] = set()
         for run, future in job.reads:
             if (error := future.exception()) is not None:
                 logger.warning("KV is lost: %s", error)
-                lost = [slot for slot in _slots(run) if slot not in job.moves.near]
-                self._lose(job, lost, landing)
-                continue
-            block = self._on_nvme(job, run)
-            found = self._checks[job.layer].of(landing[run])
-            known = self._sums[job.layer, block : block + run.stop - run.start]
-            wrong = (found != known).nonzero().flatten() + run.start
-            if lost := [slot for slot in wrong.tolist() if slot not in job.moves.near]:
-                logger.warning("KV is lost: %d blocks fail their checksum", len(lost))
-                self._lose(job, lost, landing)
+                lost.update(_slots(run))
         job.reads.clear()
+        found = self._checks[job.layer].of(landing[moves.on_nvme])
+        wrong = moves.wanted & (found != self._sums[job.layer][moves.places])
+        if wrong.any():
+            logger.warning("KV is lost: %d blocks fail their checksum", int(wrong.sum()))
+            lost.update((wrong.nonzero().flatten() + moves.on_nvme.start).tolist())
+        first: int = moves.on_nvme.start
+        self._lose(job, [slot for slot in lost if moves.wanted[slot - first]], landing)
+        for slot in moves.blank:
+            landing[slot] = 0
 
     def _lose(self, job: _Job, slots: Iterable[int], landing: torch.Tensor | None = None) -> None:
         """The blocks at ``slots`` have lost their content."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 
 NUM_BUFFERS = 3
 """Of the rotation: one that is attended to, one that is read into, one that is written back."""
 
+
+MAX_GAP = 2
+"""Blocks that are read without being wanted, between two that are."""
 
 CHUNK_BYTES = 1 << 20
 """What is read from NVMe at once, of neighbouring blocks."""
@@ -32,6 +36,8 @@ class MicroBatch:
     ``blocks[slot]`` is the block whose piece comes to a slot; the first ``num_loaded`` of them hold
     earlier tokens, in ascending order; ``written`` are the slots that take new ones, ``unfinished``
     those of them that will take more. ``members`` are the positions of the sequences in the pass.
+    ``bridges`` are loaded slots of which nothing is wanted: their blocks lie between two that are,
+    and one long read is faster than two short ones.
     """
 
     members: tuple[int, ...]
@@ -39,6 +45,7 @@ class MicroBatch:
     num_loaded: int
     written: tuple[int, ...]
     unfinished: frozenset[int] = frozenset()
+    bridges: frozenset[int] = frozenset()
 
     @property
     def slots(self) -> Mapping[int, int]:
@@ -46,38 +53,51 @@ class MicroBatch:
         return {block: slot for slot, block in enumerate(self.blocks)}
 
 
-def deal(uses: Mapping[int, BlockUse], num_slots: int) -> tuple[MicroBatch, ...]:
+def deal(
+    uses: Mapping[int, BlockUse], num_slots: int, first_read: int | None = None
+) -> tuple[MicroBatch, ...]:
     """Cut the sequences ``uses`` (by position in the pass), in their order, into as few
-    micro-batches as ``num_slots`` allow. A block that several share comes once.
+    micro-batches as ``num_slots`` allow. A block that several share comes once. From the block
+    ``first_read`` on they are read from a file, small gaps with them where slots are left.
 
     Raises ValueError for a sequence that needs more slots than there are.
     """
-    dealt: list[MicroBatch] = []
-    members: list[int] = []
-    taken: set[int] = set()
+    groups = _groups(uses, num_slots)
+    if len(groups) > 1:  # even ones leave each other time, and slots for gaps
+        longest = max(len(use.block_ids) for use in uses.values())
+        share = -(-sum(len(slots) for _, slots in groups) // len(groups))
+        even = _groups(uses, min(num_slots, max(longest, share)))
+        groups = even if len(even) == len(groups) else groups
+    return tuple(_micro_batch(uses, members, num_slots, first_read) for members, _ in groups)
+
+
+def _groups(uses: Mapping[int, BlockUse], num_slots: int) -> list[tuple[list[int], set[int]]]:
+    """Sequences with the blocks that they need together, in their order."""
+    groups: list[tuple[list[int], set[int]]] = []
     for position, use in uses.items():
         if len(use.block_ids) > num_slots:
             raise ValueError(
                 f"a sequence of {len(use.block_ids)} blocks cannot pass through {num_slots} slots"
             )
-        together = taken.union(use.block_ids)
-        if len(together) > num_slots:
-            dealt.append(_micro_batch(uses, members))
-            members, together = [], set(use.block_ids)
-        members.append(position)
-        taken = together
-    if members:
-        dealt.append(_micro_batch(uses, members))
-    return tuple(dealt)
+        if not groups or len(groups[-1][1].union(use.block_ids)) > num_slots:
+            groups.append(([], set()))
+        groups[-1][0].append(position)
+        groups[-1][1].update(use.block_ids)
+    return groups
 
 
-def _micro_batch(uses: Mapping[int, BlockUse], members: Sequence[int]) -> MicroBatch:
+def _micro_batch(
+    uses: Mapping[int, BlockUse], members: Sequence[int], num_slots: int, first_read: int | None
+) -> MicroBatch:
     loaded: set[int] = set()
     written: set[int] = set()
     for use in (uses[position] for position in members):
         loaded.update(use.block_ids[: use.num_loaded])
         written.update(use.block_ids[use.first_written :])
     last = {uses[p].block_ids[-1] for p in members if uses[p].unfinished}
+    room = num_slots - len(loaded | written)
+    between = [] if first_read is None else _between(sorted(loaded), first_read, room, written)
+    loaded.update(between)
     blocks = (*sorted(loaded), *sorted(written - loaded))
     slots = {block: slot for slot, block in enumerate(blocks)}
     return MicroBatch(
@@ -86,4 +106,19 @@ def _micro_batch(uses: Mapping[int, BlockUse], members: Sequence[int]) -> MicroB
         num_loaded=len(loaded),
         written=tuple(sorted(slots[block] for block in written)),
         unfinished=frozenset(slots[block] for block in last),
+        bridges=frozenset(slots[block] for block in between),
     )
+
+
+def _between(loaded: Sequence[int], first: int, room: int, written: Set[int]) -> list[int]:
+    """The blocks of small gaps between those that are read; written ones have a slot anyhow."""
+    found: list[int] = []
+    for low, high in pairwise(loaded):
+        gap = range(low + 1, high)
+        if low < first or not 0 < len(gap) <= MAX_GAP:
+            continue
+        room -= sum(block not in written for block in gap)
+        if room < 0:
+            break
+        found += gap
+    return found

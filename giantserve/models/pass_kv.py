@@ -73,7 +73,7 @@ class PassKV:
 
         stays = [position for position in range(len(specs)) if position not in outside]
         self._resident = part(stays, [specs[p] for p in stays]) if stays else None
-        self.micro_batches = deal(outside, rotation.num_slots)
+        self.micro_batches = deal(outside, rotation.num_slots, rotation.first_nvme)
         for micro_batch in self.micro_batches:
             slots = micro_batch.slots
             moved = [

@@ -243,15 +243,25 @@ def test_the_buffers_are_counted(tmp_path: Path) -> None:
 
 
 @given(
-    data=st.binary(min_size=64, max_size=64),
-    bit=st.integers(0, 64 * 8 - 1),
+    seed=st.integers(0, 1 << 32),
+    bits=st.sets(st.integers(0, 1024 * 8 - 1), min_size=1, max_size=3),
     rows=st.integers(1, 3),
 )
-def test_one_changed_bit_changes_the_checksum(data: bytes, bit: int, rows: int) -> None:
-    checksum = PieceChecksum(64)
-    pieces = torch.frombuffer(bytearray(data * rows), dtype=torch.uint8).view(rows, 64)
+def test_changed_bits_change_the_checksum(seed: int, bits: set[int], rows: int) -> None:
+    checksum = PieceChecksum(1024)
+    generator = torch.Generator().manual_seed(seed)
+    pieces = torch.randint(0, 256, (rows, 1024), dtype=torch.uint8, generator=generator)
     before = checksum.of(pieces)
     assert before.shape == (rows,)
-    pieces[rows - 1, bit // 8] ^= 1 << bit % 8
+    for bit in bits:
+        pieces[rows - 1, bit // 8] ^= 1 << bit % 8
     after = checksum.of(pieces)
     assert torch.equal(before[:-1], after[:-1]) and before[-1] != after[-1]
+
+
+def test_sectors_and_words_in_another_order_have_another_checksum() -> None:
+    piece = torch.randint(0, 256, (1, 8, 64, 8), dtype=torch.uint8)
+    checksum = PieceChecksum(piece.numel())
+    known = checksum.of(piece.view(1, -1))
+    for other in (piece.flip(1), piece.flip(2), piece.roll(1, 1), piece.roll(1, 2)):
+        assert checksum.of(other.contiguous().view(1, -1)) != known

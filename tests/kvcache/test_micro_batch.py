@@ -26,6 +26,13 @@ def test_sequences_share_a_micro_batch_while_their_blocks_fit() -> None:
     assert deal({}, 3) == ()
 
 
+def test_micro_batches_are_even() -> None:
+    uses = {number: decode(2 * number, 2 * number + 1) for number in range(8)}
+    assert [len(m.members) for m in deal(uses, 12)] == [4, 4]
+    assert [len(m.members) for m in deal(uses, 16)] == [8]
+    assert [len(m.members) for m in deal(uses, 6)] == [3, 3, 2]
+
+
 def test_a_shared_block_comes_once() -> None:
     (together,) = deal({0: decode(1, 2, 7), 1: decode(1, 2, 5)}, 4)
     assert together.blocks == (1, 2, 5, 7)
@@ -45,6 +52,23 @@ def test_blocks_that_hold_nothing_yet_are_not_loaded() -> None:
     prompt = BlockUse(block_ids=(4, 9, 2, 7), num_loaded=2, first_written=1)
     (alone,) = deal({0: prompt}, 4)
     assert alone == MicroBatch(members=(0,), blocks=(4, 9, 2, 7), num_loaded=2, written=(1, 2, 3))
+
+
+def test_small_gaps_of_what_is_read_are_bridged() -> None:
+    uses = {0: decode(1, 3), 1: decode(10, 11), 2: decode(14, 15), 3: decode(19)}
+    (together,) = deal(uses, 9, first_read=10)
+    assert together.blocks == (1, 3, 10, 11, 12, 13, 14, 15, 19)  # not 2, nor the gap of 3
+    assert together.bridges == {4, 5}
+    assert together.num_loaded == 9
+    (tight,) = deal(uses, 8, first_read=10)
+    assert tight.bridges == frozenset() and tight.blocks == (1, 3, 10, 11, 14, 15, 19)
+
+
+def test_a_block_that_is_new_may_be_a_bridge() -> None:
+    new = BlockUse(block_ids=(4, 5), num_loaded=1, first_written=1)
+    (together,) = deal({0: new, 1: decode(6)}, 3, first_read=0)
+    assert together.blocks == (4, 5, 6) and together.num_loaded == 3
+    assert together.bridges == {1} and together.written == (1, 2)
 
 
 def test_a_sequence_longer_than_the_buffer_is_refused() -> None:
