@@ -10,7 +10,6 @@ Every ratio is of two measurements that alternate within one run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from report import header, spread
+from report import header, run_mode, spread
 from shapes import write_checkpoint
 
 from giantserve import LLM, SamplingParams
@@ -227,22 +226,5 @@ def streamed(folder: Path, rounds: int) -> None:
 MODES = {"resident": resident, "tensor-parallel": tensor_parallel, "streamed": streamed}
 
 
-def main() -> None:
-    """Run one mode."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("mode", choices=MODES)
-    parser.add_argument(
-        "--folder", type=Path, default=Path(".bench"), help="where checkpoints are kept"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    MODES[options.mode](options.folder.absolute(), options.rounds)
-
-
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    main()
+    run_mode(__doc__, MODES, rounds=5)

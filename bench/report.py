@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
+
+import transformers
+
+
+def run_mode(
+    said: str | None, modes: Mapping[str, Callable[[Path, int], None]], rounds: int
+) -> None:
+    """The command line of a benchmark with modes: run the one asked for."""
+    parser = argparse.ArgumentParser(
+        description=said, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("mode", choices=modes)
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".bench"), help="where checkpoints are kept"
+    )
+    parser.add_argument("--rounds", type=int, default=rounds)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    modes[options.mode](options.folder.absolute(), options.rounds)
 
 
 def header(title: str) -> str:

@@ -50,6 +50,7 @@ def _measure(folder: Path, device: str, dtype: str) -> Calibration:
             f"cannot measure the disk of {folder}: {error}; name a folder that can be written"
         ) from None
     memory = probe_memory(device)
+    on_cuda = device.startswith("cuda")
     gemm, streamed_gemm = probe_gemm(device, dtype)
     return Calibration(
         machine=machine_name(),
@@ -69,7 +70,8 @@ def _measure(folder: Path, device: str, dtype: str) -> Calibration:
             streamed_gemm=streamed_gemm,
             disk_blocks=disk.blocks,
             kv_codecs=probe_kv_codecs(device, dtype),
-            copies_overlap=device.startswith("cuda"),
+            copies_overlap=on_cuda,
+            host_attention=probe_runtime("cpu", dtype).attention if on_cuda else None,
             runtime=probe_runtime(device, dtype),
         ),
         link=probe_link(device),

@@ -49,10 +49,13 @@ def cluster_of(
 ) -> ClusterSpec:
     """A machine's devices, each with this budget; without a GPU they are its own cores."""
     on_cuda = calibration.device == "cuda"
+    rates = calibration.bandwidths
+    if rates.host_attention is not None:  # by the cores that all of them share
+        rates = replace(rates, host_attention=rates.host_attention / num_devices)
     return ClusterSpec.local(
         num_devices,
         budget,
-        calibration.bandwidths,
+        rates,
         calibration.link,
         shared=("disk",) if on_cuda else ("disk", "memory", "compute"),
         staged=on_cuda,

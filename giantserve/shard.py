@@ -115,6 +115,7 @@ class Shard:
             num_host_blocks=plan.num_rotating_host_blocks,
             num_nvme_blocks=plan.num_rotating_nvme_blocks,
             num_tail_blocks=plan.num_tail_blocks,
+            attends_on_host=plan.attends_on_host,
             num_slots=plan.num_rotation_slots,
             device_arena=self.device_arena,
             host_arena=self.host_arena,

@@ -29,6 +29,7 @@ from kvcache.kv_file import KVFile
 from kvcache.kv_store import KVStore, KVViews, layer_views
 from kvcache.micro_batch import CHUNK_BYTES, NUM_BUFFERS, MicroBatch
 from kvcache.storage.posix import PosixBackend
+from kvcache.tail_rows import TailRows
 from kvcache.tier import Tier
 from kvcache.trace import Trace
 from kvcache.transfer_stats import Link, TransferStats
@@ -74,9 +75,8 @@ class _Job:
 
 
 class KVRotation:
-    """Owns the blocks beyond the device's: first ``num_host_blocks`` on the host, then, from the
-    block ``first_nvme`` on, ``num_nvme_blocks`` on NVMe. A block's id counts on from the device's
-    last.
+    """Owns the blocks beyond the device's: from the block ``first_host`` on ``num_host_blocks`` on
+    the host, from ``first_nvme`` on ``num_nvme_blocks`` on NVMe.
 
     A block of NVMe to which every pass adds a token would be read and written with each, a small
     piece a layer. So until it is full it lies in a *tail* row on the host, where one is left.
@@ -96,15 +96,20 @@ class KVRotation:
         num_nvme_blocks: int,
         num_slots: int,
         num_tail_blocks: int = 0,
+        attends_on_host: bool = False,
         device_arena: Arena,
         host_arena: Arena,
         folder: Path | None,
         kept_as: str | None = None,
         trace: Trace | None = None,
     ) -> None:
-        """``num_slots`` pieces fit into each of the `NUM_BUFFERS` buffers on the device. NVMe
-        blocks lie in a file in ``folder``, whose content `keep` leaves to a later process where it
-        is ``kept_as`` a name. Raises what `KVFile` raises, and TierFullError."""
+        """``num_slots`` pieces fit into each of the `NUM_BUFFERS` buffers on the device.
+        ``attends_on_host``: sequences that lie wholly on the host are meant to be used there,
+        through `host_views`. NVMe blocks lie in a file in ``folder``, whose content `keep` leaves
+        to a later process where it is ``kept_as`` a name.
+
+        Raises what `KVFile` raises, and TierFullError.
+        """
         self._store = store
         layout = store.layout
         self._pieces = [layout.piece(index) for index in range(len(layout.layers))]
@@ -113,17 +118,16 @@ class KVRotation:
         self._codecs = codecs(layout)
         self._strides = [_aligned(piece.num_bytes) for piece in self._stored]
         self._buffer_strides = [_aligned(piece.num_bytes) for piece in self._pieces]
-        self._first_host: int = store.num_device_blocks
-        self.first_nvme: int = self._first_host + num_host_blocks
+        self.first_host: int = store.num_device_blocks
+        self.first_nvme: int = self.first_host + num_host_blocks
+        self.attends_on_host = attends_on_host
         self.num_blocks = self.first_nvme + num_nvme_blocks
         self.num_slots = num_slots
         self._homes = {
             Tier.DEVICE: store.device_rows,
             Tier.HOST: store.allocate_stored(host_arena, num_host_blocks),
         }
-        self._tail_rows = store.allocate(host_arena, num_tail_blocks)
-        self._free_tails = list(range(num_tail_blocks))
-        self._tails: dict[int, int] = {}  # rows by block, used last comes last
+        self._tails = TailRows(store.allocate(host_arena, num_tail_blocks))
         size = num_slots * max(self._buffer_strides)
         self._buffers = [device_arena.allocate(size) for _ in range(NUM_BUFFERS)]
         self._staged = device_arena.device.type != "cpu" or layout.storage_dtype != "auto"
@@ -177,6 +181,12 @@ class KVRotation:
         self._gather_tails(job, buffer)
         return layer_views(buffer, self._pieces[job.layer], self._store.layout, job.layer, at=0)
 
+    def host_views(self, layer: int) -> KVViews:
+        """Keys and values of ``layer`` where they lie on the host, [num_host_blocks, block_size,
+        heads, dim] each, for blocks that no micro-batch of the pass has."""
+        place = self._places[layer]
+        return layer_views(self._homes[Tier.HOST], self._pieces[place], self._store.layout, place)
+
     def put_back(self) -> None:
         """The attention to what `take` gave is over: what was written goes home."""
         job = self._jobs[self._at]
@@ -196,7 +206,7 @@ class KVRotation:
                 future.exception()
             self._wait_for_writes(job)
         for block in {block for job in self._jobs for block in job.moves.filled}:
-            self._drop_tail(block)
+            self._tails.drop(block)
 
     def take_lost(self) -> tuple[CachedBlock, ...]:
         """The blocks whose content was lost since the last call: rotating ones, and host blocks
@@ -227,7 +237,7 @@ class KVRotation:
     def restore(self, rows: Sequence[torch.Tensor], blocks: Sequence[int], *, stored: bool) -> None:
         """Copy ``rows`` in memory, in either form, to whole blocks, all distinct."""
         for block in blocks:
-            self._drop_tail(block)
+            self._tails.drop(block)
         self._move(blocks, rows, write=True, stored=stored)
 
     def keep(self, hashes: Mapping[int, bytes]) -> None:
@@ -254,41 +264,31 @@ class KVRotation:
 
     def _make_room(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Free tail rows for the unfinished blocks of a pass, those used longest ago first."""
-        blocks = {block for each in micro_batches for block in each.blocks}
-        missing = sum(
-            each.blocks[slot] >= self.first_nvme and each.blocks[slot] not in self._tails
+        used = {block for each in micro_batches for block in each.blocks}
+        coming = [
+            each.blocks[slot]
             for each in micro_batches
             for slot in each.unfinished
-        )
-        others = [block for block in self._tails if block not in blocks]
-        for block in others[: max(0, missing - len(self._free_tails))]:
-            row = self._tail_rows[self._tails[block]]
-            self._drop_tail(block)
+            if each.blocks[slot] >= self.first_nvme
+        ]
+        for block in self._tails.in_the_way(coming, used):
+            row = self._tails.rows[self._tails[block]]
+            self._tails.drop(block)
             self._move([block], [row], write=True, stored=False)
-
-    def _drop_tail(self, block: int) -> None:
-        row = self._tails.pop(block, None)
-        if row is not None:
-            self._free_tails.append(row)
 
     def _keep_tails(self, micro_batch: MicroBatch) -> set[int]:
         """The slots whose blocks lie in tail rows after the pass."""
-        kept = set()
-        for slot in micro_batch.unfinished:
-            block = micro_batch.blocks[slot]
-            if block >= self.first_nvme and (block in self._tails or self._free_tails):
-                row = self._tails.pop(block, None)
-                self._tails[block] = self._free_tails.pop() if row is None else row
-                kept.add(slot)
-        return kept
+        blocks = micro_batch.blocks
+        on_nvme = (slot for slot in micro_batch.unfinished if blocks[slot] >= self.first_nvme)
+        return {slot for slot in on_nvme if self._tails.keep(blocks[slot])}
 
     def _moves(self, micro_batch: MicroBatch) -> _Moves:
         blocks, loaded = micro_batch.blocks, micro_batch.num_loaded
         tails = {slot: self._tails[b] for slot, b in enumerate(blocks) if b in self._tails}
         kept = self._keep_tails(micro_batch)
         regions = (
-            (Tier.DEVICE, 0, self._first_host),
-            (Tier.HOST, self._first_host, self.first_nvme),
+            (Tier.DEVICE, 0, self.first_host),
+            (Tier.HOST, self.first_host, self.first_nvme),
             (Tier.NVME, self.first_nvme, self.num_blocks),
         )
         bounds = [0]
@@ -368,7 +368,7 @@ class KVRotation:
         link = Link("kv", Tier.HOST, Tier.DEVICE)
         begun_s = self.transfers.begin(link)
         part = self._part(job, Tier.DEVICE)
-        found = _words(self._tail_rows[:, part])[rows].to(buffer.device)
+        found = _words(self._tails.rows[:, part])[rows].to(buffer.device)
         _words(buffer[:, : part.stop - part.start]).index_copy_(0, slots.to(buffer.device), found)
         self.transfers.end(link, found.nbytes, begun_s, f"layer {job.layer}")
 
@@ -380,7 +380,7 @@ class KVRotation:
         begun_s = self.transfers.begin(link)
         part = self._part(job, Tier.DEVICE)
         written = buffer[slots.to(buffer.device), : part.stop - part.start].cpu()
-        _words(self._tail_rows[:, part]).index_copy_(0, rows, _words(written))
+        _words(self._tails.rows[:, part]).index_copy_(0, rows, _words(written))
         self.transfers.end(link, written.nbytes, begun_s, f"layer {job.layer}")
 
     def _read(self, job: _Job) -> None:

@@ -112,6 +112,7 @@ class Assembly:
             num_rotation_slots=sizing.num_rotation_slots,
             num_tail_blocks=sizing.num_tail_blocks,
             kv_storage_dtype=self.sizing.kv_storage_dtype,
+            attends_on_host=sizing.attends_on_host,
             max_model_len=sizing.max_model_len
             if sizing.num_rotation_slots
             else min(limit, blocks * block_size),
@@ -301,5 +302,7 @@ def _reason(
 
 
 def _beyond(sizing: Sizing) -> str:
-    """The storage dtype of KV, where it is not what the model computes in."""
-    return "" if sizing.kv_storage_dtype == "auto" else f", KV below it {sizing.kv_storage_dtype}"
+    """What is special of KV that is not on the device."""
+    if sizing.kv_storage_dtype != "auto":
+        return f", KV below it {sizing.kv_storage_dtype}"
+    return ", KV on host attended to there" if sizing.attends_on_host else ""

@@ -55,13 +55,15 @@ class CodecRate:
 class RuntimeRates:
     """What a pass costs beside its matrix products; None: at the rate of the device's memory.
 
-    ``layer_latency_s`` and ``pass_latency_s`` are lost at any size (launches, scheduling).
+    ``layer_latency_s`` and ``pass_latency_s`` are lost at any size (launches, scheduling), and
+    ``expert_latency_s`` with every expert that a layer computes.
     ``attention`` is the rate at which decode attention reads KV and ``elementwise`` that of norms,
     activations and residuals, in bytes/s; ``sampling`` are logits/s.
     """
 
     layer_latency_s: float = 3e-4
     pass_latency_s: float = 1e-3
+    expert_latency_s: float = 0.0
     attention: float | None = None
     elementwise: float | None = None
     sampling: float | None = None
@@ -81,7 +83,9 @@ class Bandwidths:
     host memory is copied beside compute, as by a GPU's copy engines; a CPU copies with its own
     cores. ``disk_read`` and ``disk_write`` are those of requests of some MiB, ``disk_blocks`` of
     smaller ones, rising (empty: as fast); ``kv_codecs`` of the storage dtypes of KV (a missing one
-    works at the rate of the device's memory).
+    works at the rate of the device's memory). ``host_attention`` is what the host's cores reach
+    where attention reads KV in host memory, with all of them at work for this device (None: they
+    are the device, or are not known).
     """
 
     device_memory: float
@@ -93,6 +97,7 @@ class Bandwidths:
     streamed_gemm: tuple[GemmRate, ...] = ()
     disk_blocks: tuple[DiskRate, ...] = ()
     kv_codecs: tuple[CodecRate, ...] = ()
+    host_attention: float | None = None
     row_tile: int = 1
     copies_overlap: bool = True
     runtime: RuntimeRates = field(default_factory=RuntimeRates)
@@ -124,6 +129,16 @@ class Bandwidths:
         """The same of writes."""
         points = [(rate.block_bytes, rate.write) for rate in self.disk_blocks]
         return min(self.disk_write, _between(points, block_bytes) if points else math.inf)
+
+    @property
+    def attention(self) -> float:
+        """Bytes/s at which decode attention reads KV on the device."""
+        return self.runtime.attention or self.device_memory
+
+    @property
+    def attention_on_host(self) -> float | None:
+        """The same of KV on the host, by the host's cores; None: not known."""
+        return self.host_attention if self.copies_overlap else self.attention
 
     def kv_codec(self, storage_dtype: str) -> CodecRate:
         """The rates of a storage dtype that is not "auto"."""

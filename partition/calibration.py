@@ -15,7 +15,7 @@ from partition.codec import decode, encode
 from partition.errors import PlanError
 from partition.links import Link
 
-CALIBRATION_VERSION = 7
+CALIBRATION_VERSION = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

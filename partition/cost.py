@@ -18,6 +18,9 @@ from partition.profile import ModelProfile, Unit, UnitKind
 
 Array = NDArray[np.float64]
 PAGE_BYTES = 4096
+TINY_RATE = 1e-3
+"""Bytes/s of what cannot be done: a time that loses to every other, and still adds up."""
+
 LOGIT_BYTES = 16
 """Memory traffic of a sampled logit: written, widened to fp32, reduced."""
 
@@ -38,9 +41,10 @@ class Load:
     ``dense_bytes`` and ``expert_bytes`` are weights read by compute; ``flops_per_token`` those of
     the layers' matrix products, ``head_flops`` those of the head per sampled row, ``vocab`` the
     logits of such a row, ``attention_flops`` those of attention per token and position of its
-    context; ``routed_bytes`` the part of the experts' of which only those are read that a pass
-    routes to; ``activation_bytes`` what goes in and out of products and norms per token,
-    ``kv_bytes_per_token`` the cache. ``stream_bytes`` (page-rounded) may live on any tier.
+    context; ``num_experts`` are all that its layers have, ``routed_bytes`` the part of the experts'
+    of which only those are read that a pass routes to; ``activation_bytes`` what goes in and out of
+    products and norms per token, ``kv_bytes_per_token`` the cache. ``stream_bytes`` (page-rounded)
+    may live on any tier.
     """
 
     dense_bytes: Array
@@ -53,6 +57,7 @@ class Load:
     activation_bytes: Array
     kv_bytes_per_token: Array
     num_layers: Array
+    num_experts: Array
     stream_bytes: Array
     small_bytes: Array
     embedding_bytes: Array
@@ -73,15 +78,17 @@ class Load:
 class PassShape:
     """The tokens of a pass and the cache they read: ``num_sequences`` times ``context`` positions,
     of which the share ``host_kv`` lies on the host and ``nvme_kv`` on NVMe, and comes in
-    ``micro_batches``. Of a sequence on NVMe so many tokens are ``written`` back, of one on the host
-    ``rewritten``. On the host a byte becomes ``host_share``, on NVMe ``nvme_share``, both
-    in ``storage_dtype``; NVMe is read by ``kv_read_bytes`` and written by ``kv_write_bytes``."""
+    ``micro_batches``, while ``attended_kv`` stays on the host and is attended to there. Of a
+    sequence on NVMe so many tokens are ``written`` back, of one on the host ``rewritten``. On the
+    host a byte becomes ``host_share``, on NVMe ``nvme_share``, both in ``storage_dtype``; NVMe is
+    read by ``kv_read_bytes`` and written by ``kv_write_bytes``."""
 
     num_tokens: int
     num_sequences: int
     context: float
     host_kv: float = 0.0
     nvme_kv: float = 0.0
+    attended_kv: float = 0.0
     written: float = 0.0
     rewritten: float = 0.0
     host_share: float = 1.0
@@ -158,7 +165,9 @@ class CostModel:
             routed_s = routed_s + read * (streamed_experts - disk_experts) / rates.host_to_device
         fast, slow = rates.flops_per_s(tokens), rates.flops_per_s(tokens, streamed=True)
         kv_bytes = load.kv_bytes_per_token * (sampled * shape.context)
-        kv_s = kv_bytes / (runtime.attention or rates.device_memory)
+        kv_s = kv_bytes * ((1 - shape.attended_kv) / rates.attention)
+        if shape.attended_kv:
+            kv_s = kv_s + kv_bytes * (shape.attended_kv / (rates.attention_on_host or TINY_RATE))
         scores_s = tokens * load.attention_flops * shape.context / rates.gemm[-1].flops_per_s
         elementwise_s = tokens * load.activation_bytes
         elementwise_s = elementwise_s / (runtime.elementwise or rates.device_memory)
@@ -177,6 +186,7 @@ class CostModel:
             "elementwise": elementwise_s + logits_s,
             "collectives": 2 * load.num_layers * reduce_s + send_s,
             "latency": load.num_layers * (1 + shape.micro_batches) * runtime.layer_latency_s
+            + load.num_experts * (self.profile.expert_share(tokens) * runtime.expert_latency_s)
             + runtime.pass_latency_s,
             "routed experts": np.asarray(routed_s if read < 1 else 0.0),
             "copies": copies_s + self._conversion_s(load, shape, rates),
@@ -244,7 +254,7 @@ def unit_row(
     """One unit's contribution to a Load; its slice has ``num_bytes`` and takes ``footprint``."""
     if unit.kind is UnitKind.EMBEDDING:  # a pass gathers its tokens' rows: kilobytes
         return {"embedding_bytes": footprint}
-    expert_bytes = routed_bytes = 0
+    expert_bytes = routed_bytes = num_experts = 0
     flops = 0.0
     activations = 0.0
     for spec in unit.parameters:
@@ -253,6 +263,7 @@ def unit_row(
             held = spec.local_bytes(profile.heads, rank, world)
             expert_bytes += held
             routed_bytes += held if profile.is_routed(spec) else 0
+            num_experts = spec.local_shape(profile.heads, rank, world)[0]
             used = profile.num_experts_per_token / spec.num_experts
         shape = spec.local_shape(profile.heads, rank, world)
         elements = math.prod(shape)
@@ -275,6 +286,7 @@ def unit_row(
         "dense_bytes": num_bytes - expert_bytes,
         "expert_bytes": expert_bytes,
         "routed_bytes": routed_bytes,
+        "num_experts": num_experts,
         "stream_bytes": footprint,
         **work,
     }

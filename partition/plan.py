@@ -114,7 +114,8 @@ class PartitionPlan:
     pieces of a layer; ``num_tail_blocks`` hold, on the host, blocks that belong on NVMe and are not
     full yet; ``num_host_blocks`` hold what was demoted. ``kv_storage_dtype`` is how KV lies on host
     and NVMe. A layer computes up to ``max_slice_tokens`` at a time: a pass of more goes through it
-    slice by slice, its hidden states kept on host and NVMe meanwhile.
+    slice by slice, its hidden states kept on host and NVMe meanwhile. ``attends_on_host``: what
+    lies on the host stays there, and the host's cores attend to it.
     ``expert_parallel``: the ranks of a stage deal out whole experts, instead of cutting each.
     """
 
@@ -140,6 +141,7 @@ class PartitionPlan:
     num_rotation_slots: int = 0
     num_tail_blocks: int = 0
     kv_storage_dtype: str = "auto"
+    attends_on_host: bool = False
     version: int = PLAN_VERSION
 
     @property
@@ -211,6 +213,11 @@ class PartitionPlan:
             raise PlanError(
                 f"kv_storage_dtype is {self.kv_storage_dtype!r}; there are "
                 f"{', '.join(STORAGE_DTYPES)}"
+            )
+        if self.attends_on_host and self.kv_storage_dtype != "auto":
+            raise PlanError(
+                f"attends_on_host needs KV as the model computes it, but kv_storage_dtype is "
+                f"{self.kv_storage_dtype}; leave one of them out"
             )
         if self.passes_in_flight > self.pipeline_parallel:
             raise PlanError(

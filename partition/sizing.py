@@ -74,7 +74,8 @@ class Sizing:
     pass through ``num_rotation_slots`` of a buffer; those that belong on NVMe are among
     ``num_tail_blocks`` on the host until they are full. Below the device they lie as ``stored``, in
     ``kv_storage_dtype``. A layer computes ``max_slice_tokens`` of a pass at a time; ``activations``
-    is where the others wait."""
+    is where the others wait. ``attends_on_host``: KV on the host stays there, and the host's cores
+    attend to it."""
 
     block_size: int
     num_device_blocks: int
@@ -93,6 +94,7 @@ class Sizing:
     stored: StoredPieces
     kv_storage_dtype: str = "auto"
     activations: ActivationRoom = NO_ROOM
+    attends_on_host: bool = False
 
     @property
     def num_active_blocks(self) -> int:
@@ -266,6 +268,8 @@ def _sizings(
             num_tail_blocks=tails,
         )
         yield rotating(made)
+        if on_host and storage_dtype == "auto":
+            yield replace(rotating(made), attends_on_host=True)
 
 
 def least_sizing(profile: ModelProfile, width: int, constraints: Constraints) -> Sizing:
@@ -327,6 +331,8 @@ class Rotating(Protocol):
     def num_tail_blocks(self) -> int: ...
     @property
     def kv_storage_dtype(self) -> str: ...
+    @property
+    def attends_on_host(self) -> bool: ...
 
 
 class RotationLoad(TypedDict):
@@ -334,6 +340,7 @@ class RotationLoad(TypedDict):
 
     host_kv: float
     nvme_kv: float
+    attended_kv: float
     micro_batches: int
     written: float
     rewritten: float
@@ -350,17 +357,19 @@ def rotation_load(
     """What rotates where ``batch`` sequences of ``context`` tokens are dealt out over so many
     passes: blocks on the device and on the host are filled first. A block of NVMe that is not full
     is written back whole, or waits in a tail row. A sequence's blocks are neighbours on NVMe, and
-    are written one by one."""
+    are written one by one. What is attended to on the host is a micro-batch more."""
     of_a_sequence = math.ceil(context / sized.block_size)
     used = batch * of_a_sequence
     beyond = max(0, used - sized.num_device_blocks)
     host = min(beyond, sized.num_rotating_host_blocks)
-    of_a_pass = math.ceil(used / passes) * beyond
+    stays = host if sized.attends_on_host else 0
+    of_a_pass = math.ceil(used / passes) * (beyond - stays)
     waiting = min(1.0, sized.num_tail_blocks / batch)
     return RotationLoad(
-        host_kv=host / used,
+        host_kv=(host - stays) / used,
+        attended_kv=stays / used,
         nvme_kv=(beyond - host) / used,
-        micro_batches=-(-of_a_pass // (used * max(1, sized.num_rotation_slots))),
+        micro_batches=-(-of_a_pass // (used * max(1, sized.num_rotation_slots))) + (stays > 0),
         written=waiting + (1 - waiting) * sized.block_size,
         rewritten=float(sized.block_size),
         host_share=stored.host_share,

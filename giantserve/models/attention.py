@@ -6,7 +6,7 @@ heads, K KV heads, G = H / K, D head dim, N blocks of a table, S block size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class AttentionOptions:
     def plain(self) -> bool:
         """Whether scaled_dot_product_attention computes it."""
         return self.softcap is None and self.sinks is None
+
+    def on(self, device: torch.device) -> AttentionOptions:
+        """The same for tensors on ``device``."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks.to(device))
 
 
 class PagedAttention:
@@ -80,10 +84,10 @@ class PagedAttention:
             if part.rows is None:
                 _attend_part(query_THD, views, part.batch, options, out_THD)
             else:
-                query = query_THD[part.rows]
-                out = out_THD.new_empty(query.shape[0], *out_THD.shape[1:])
-                _attend_part(query, views, part.batch, options, out)
-                out_THD[part.rows] = out
+                query = part.of(query_THD)
+                out = query.new_empty(query.shape[0], *out_THD.shape[1:])
+                _attend_part(query, views, part.batch, options.on(query.device), out)
+                out_THD[part.rows] = out.to(out_THD.device)
         return out_THD.unsqueeze(0), None
 
     def _attend_gathered(

@@ -62,7 +62,9 @@ class GatheringCache(PassThroughCache):
             write_tokens(views, part.of(key_THD), part.of(value_THD), *where)
             for chunk in part.batch.all_chunks():
                 length = chunk.start + chunk.length
-                keys, values = (gather(blocks, chunk.table, length) for blocks in views)
+                keys, values = (
+                    gather(blocks, chunk.table, length).to(key_THD.device) for blocks in views
+                )
                 contexts[part.first_row(chunk.row)] = keys, values
         in_order = [contexts[row] for row in sorted(contexts)]
         keys, values = (torch.cat(tensors, dim=1) for tensors in zip(*in_order, strict=True))

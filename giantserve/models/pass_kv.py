@@ -17,15 +17,17 @@ from kvcache.micro_batch import BlockUse, MicroBatch, deal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassPart:
-    """Sequences whose blocks are on the device together. ``batch`` counts its rows from 0; row i of
-    it is row ``rows[i]`` of the pass (None: the part is the whole pass)."""
+    """Sequences whose blocks are in one place together, where ``batch`` lies, too. It counts its
+    rows from 0; row i of it is row ``rows[i]`` of the pass (None: the part is the whole pass)."""
 
     rows: torch.Tensor | None
     batch: PassBatch
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part's rows of a tensor whose first dimension are the rows of the pass."""
-        return tensor if self.rows is None else tensor[self.rows]
+        """The part's rows of a tensor whose first dimension are the rows of the pass, where its
+        blocks are."""
+        home = self.batch.positions.device
+        return tensor if self.rows is None else tensor[self.rows].to(home)
 
     def first_row(self, row: int) -> int:
         """Where a row of the part stands in the pass."""
@@ -50,6 +52,7 @@ class PassKV:
         self.micro_batches: tuple[MicroBatch, ...] = ()
         self.batch = build_batch(specs, block_size, device, gathered=gathered)
         self._resident: PassPart | None = PassPart(rows=None, batch=self.batch)
+        self._on_host: PassPart | None = None
         self._rotated: list[PassPart] = []
         if rotation is None:
             return
@@ -64,15 +67,24 @@ class PassKV:
         for spec in specs:
             starts.append(starts[-1] + spec.length)
 
-        def part(positions: Sequence[int], chosen: Sequence[ChunkSpec]) -> PassPart:
+        def part(
+            positions: Sequence[int], chosen: Sequence[ChunkSpec], home: torch.device = device
+        ) -> PassPart:
             rows = [row for p in positions for row in range(starts[p], starts[p + 1])]
             return PassPart(
                 rows=torch.tensor(rows, device=device),
-                batch=build_batch(chosen, block_size, device, gathered=gathered),
+                batch=build_batch(chosen, block_size, home, gathered=gathered),
             )
 
         stays = [position for position in range(len(specs)) if position not in outside]
         self._resident = part(stays, [specs[p] for p in stays]) if stays else None
+        if on_host := [p for p, use in outside.items() if _is_attended_on_host(use, rotation)]:
+            first = rotation.first_host
+            moved = [
+                replace(specs[p], block_ids=[block - first for block in outside.pop(p).block_ids])
+                for p in on_host
+            ]
+            self._on_host = part(on_host, moved, torch.device("cpu"))
         self.micro_batches = deal(outside, rotation.num_slots, rotation.first_nvme)
         for micro_batch in self.micro_batches:
             slots = micro_batch.slots
@@ -88,10 +100,19 @@ class PassKV:
         asked for."""
         if self._resident is not None:
             yield self._resident, self._kv.layer(layer)
+        if self._on_host is not None:
+            assert self._rotation is not None
+            yield self._on_host, self._rotation.host_views(layer)
         for part in self._rotated:
             assert self._rotation is not None
             yield part, self._rotation.take(layer)
             self._rotation.put_back()
+
+
+def _is_attended_on_host(use: BlockUse, rotation: KVRotation) -> bool:
+    blocks = use.block_ids
+    within = rotation.first_host <= min(blocks) and max(blocks) < rotation.first_nvme
+    return rotation.attends_on_host and within
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from giantserve.models.batch import ChunkSpec
 from giantserve.models.collectives import TensorParallel
@@ -32,6 +32,7 @@ VOCAB = 32000
 BLOCK_SIZE, NUM_BLOCKS = 16, 512
 BATCH, ROWS = 8, 64
 SHORT, CONTEXT = 16, 1024
+NUM_EXPERTS = 8
 LEAST_S = 1e-6
 
 
@@ -63,11 +64,13 @@ def probe_runtime(device: str, dtype: str) -> RuntimeRates:
     stage = _stage(device, dtype)
     one, few, many = (_seconds(stage, device, rows, SHORT) for rows in (1, BATCH, ROWS))
     long = _seconds(stage, device, BATCH, CONTEXT)
+    experts = _seconds(_stage(device, dtype, NUM_EXPERTS), device, 1, SHORT)
     loads = StageTable(stage.profile, 1).loads[0].at(0, NUM_LAYERS)
     read = BATCH * (CONTEXT - SHORT) * float(loads.kv_bytes_per_token)
     moved = (ROWS - BATCH) * float(loads.activation_bytes)
     return RuntimeRates(
         layer_latency_s=one / NUM_LAYERS,
+        expert_latency_s=max(0.0, experts - one) / (NUM_LAYERS * NUM_EXPERTS),
         attention=read / max(long - few, LEAST_S),
         elementwise=moved / max(many - few, LEAST_S),
         sampling=_sampling(device),
@@ -94,9 +97,12 @@ def _sampling(device: str) -> float:
     return ROWS * VOCAB / seconds_of(lambda: sampler.sample(logits.float(), rows), device)
 
 
-def _stage(device_name: str, dtype: str) -> StageModel:
+def _stage(device_name: str, dtype: str, num_experts: int = 0) -> StageModel:
+    """With experts every token goes through all of them."""
     device = torch.device(device_name)
-    config = LlamaConfig(
+    kind, name = (MixtralConfig, "Mixtral") if num_experts else (LlamaConfig, "Llama")
+    experts = {"num_local_experts": num_experts, "num_experts_per_tok": num_experts}
+    config = kind(
         vocab_size=64,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
@@ -105,7 +111,8 @@ def _stage(device_name: str, dtype: str) -> StageModel:
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=2 * CONTEXT,
         dtype=dtype,
-        architectures=["LlamaForCausalLM"],
+        architectures=[f"{name}ForCausalLM"],
+        **(experts if num_experts else {}),
     )
     profile = ModelProfile.from_config(config)
     stage = StageModel(config, profile, 0, NUM_LAYERS, TensorParallel(), device)

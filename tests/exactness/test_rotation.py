@@ -16,9 +16,14 @@ from giantserve.executor.launcher import Launcher
 from partition.profile import ModelProfile
 
 NUM_TOKENS = 64
+HOST_BLOCKS = {"host": 170, "on host": 170, "nvme": 0, "mixed": 40, "on host and nvme": 90}
 PROMPTS = make_prompts()
 CASES = [
     ("llama", 1, 1, "host"),
+    ("llama", 2, 2, "on host"),
+    ("deepseek_v3", 1, 1, "on host"),
+    ("gpt_oss", 1, 1, "on host and nvme"),
+    ("bloom", 1, 1, "on host"),
     ("llama", 1, 1, "nvme"),
     ("llama", 2, 2, "mixed"),
     ("gemma2", 1, 2, "mixed"),
@@ -48,9 +53,10 @@ def test_rotating_blocks_give_the_tokens_of_transformers(
     # 24 of about 190 blocks on the device: nearly all that is attended to lies elsewhere
     plan = replace(
         plan,
-        num_rotating_host_blocks={"host": 170, "nvme": 0, "mixed": 40}[beyond],
-        num_rotating_nvme_blocks={"host": 0, "nvme": 170, "mixed": 130}[beyond],
-        num_tail_blocks={"host": 0, "nvme": 0, "mixed": 5}[beyond],  # of 8 sequences
+        num_rotating_host_blocks=HOST_BLOCKS[beyond],
+        num_rotating_nvme_blocks=170 - HOST_BLOCKS[beyond],
+        num_tail_blocks=5 if beyond == "mixed" else 0,  # of 8 sequences
+        attends_on_host=beyond.startswith("on host"),
         num_rotation_slots=128 // BLOCK_SIZE + 13,  # one or two sequences at a time
     )
     plan.validate()
@@ -71,11 +77,30 @@ def test_rotating_blocks_give_the_tokens_of_transformers(
         for link in stats["shards"][0]["links"]
         if link["kind"] == "kv"
     }
-    if beyond != "nvme":
+    if beyond in ("host", "mixed"):
         assert moved["host", "device"] > moved["device", "host"] > 0
-    if beyond != "host":
+    if "nvme" in beyond or beyond == "mixed":
         assert moved["nvme", "device"] > moved["device", "nvme"] > 0
         assert list((path / "nvme" / "kv").iterdir()) == []
+
+
+def test_what_lies_on_the_host_is_attended_to_there(models: Path, launcher: Launcher) -> None:
+    path = save_model("llama", models)
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+    moved = []
+    for attends_on_host in (False, True):
+        plan = replace(
+            make_plan(path, 1, 1, "device", device_blocks=8, host_blocks=0),
+            num_rotating_host_blocks=200,
+            num_rotation_slots=200,
+            attends_on_host=attends_on_host,
+        )
+        with LLM(path, plan=plan, nvme_dir=path / "nvme", launcher=launcher) as llm:
+            llm.generate(PROMPTS, greedy)
+            links = llm.stats()["shards"][0]["links"]
+        moved.append(sum(each["bytes"] for each in links if each["source"] == "host"))
+    # two sequences begin on the device and rotate all the same
+    assert 0 < 2 * moved[1] < moved[0]
 
 
 @pytest.mark.parametrize(

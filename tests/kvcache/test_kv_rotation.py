@@ -124,8 +124,9 @@ def test_every_block_keeps_what_was_written(
                         known[spec.layer, micro_batch.blocks[slot]] = stamp
                     rotating.put_back()
             rotating.end()
-            assert len(rotating._tails) + len(rotating._free_tails) == num_tail_blocks
-            assert min(rotating._tails, default=DEVICE + HOST) >= DEVICE + HOST
+            tails = rotating._tails
+            assert len(tails._held) + len(tails._free) == num_tail_blocks
+            assert min(tails._held, default=DEVICE + HOST) >= DEVICE + HOST
             for block in demoted:
                 store.copy([copy_of(Tier.DEVICE, block, Tier.HOST, 0)])
                 store.copy([copy_of(Tier.HOST, 0, Tier.DEVICE, block)])
@@ -155,7 +156,7 @@ def test_a_block_reaches_the_disk_once_it_is_full(tmp_path: Path) -> None:
                 totals[link].num_bytes if link in totals else 0 for link in (to_nvme, from_nvme)
             ]
             assert tuple(counted) == moved
-            assert rotating._tails == {}
+            assert not rotating._tails._held
 
 
 def test_whole_blocks_go_down_and_come_up_again(tmp_path: Path) -> None:

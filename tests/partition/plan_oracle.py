@@ -75,11 +75,13 @@ class Oracle:
         used = batch * blocks
         beyond = max(0, used - sizing.num_device_blocks)
         on_host = min(beyond, sizing.num_rotating_host_blocks)
+        stays = on_host if sizing.attends_on_host else 0
         shape = PassShape(
             num_tokens=tokens,
             num_sequences=tokens,
             context=context,
-            host_kv=on_host / used,
+            host_kv=(on_host - stays) / used,
+            attended_kv=stays / used,
             nvme_kv=(beyond - on_host) / used,
             written=1.0
             if sizing.num_tail_blocks >= batch
@@ -92,9 +94,10 @@ class Oracle:
             kv_read_bytes=min(1 << 20, blocks * sizing.stored.nvme_piece_bytes) or math.inf,
             kv_write_bytes=sizing.stored.nvme_piece_bytes or math.inf,
             micro_batches=math.ceil(
-                Fraction(math.ceil(used / passes) * beyond, used)
+                Fraction(math.ceil(used / passes) * (beyond - stays), used)
                 / max(1, sizing.num_rotation_slots)
-            ),
+            )
+            + (stays > 0),
         )
         tables = []
         for stage, group in enumerate(order):

@@ -13,6 +13,7 @@ from planner_models import LINK, PAGE, RATES, budget, llama_like
 
 from kvcache.tier import Tier
 from partition import (
+    Bandwidths,
     BudgetError,
     ClusterSpec,
     CodecRate,
@@ -240,3 +241,42 @@ def test_kv_is_lossy_only_where_it_may_be_and_pays() -> None:
     slow = _with_kv_on_nvme(1e7, "auto", "int8")
     assert slow == lossless
     assert _with_kv_on_nvme(1e7, "int8").kv_storage_dtype == "int8"
+
+
+def test_the_hosts_cores_attend_where_they_beat_the_link() -> None:
+    model = llama_like(num_layers=16, hidden=512, inter=512, key_value=8)
+    load = Workload(prompt_tokens=64, output_tokens=64, concurrency=32)
+
+    def made(rates: Bandwidths) -> PartitionPlan:
+        cluster = ClusterSpec.local(1, budget(24 * MIB, 512 * MIB, 0), rates, LINK)
+        return plan(model, cluster, load, constraints=Constraints(max_num_batched_tokens=64))
+
+    unknown, slow, fast = (
+        made(replace(RATES, host_attention=rate)) for rate in (None, RATES.host_to_device / 9, 5e11)
+    )
+    assert unknown.num_rotating_host_blocks > 0
+    assert not unknown.attends_on_host and not slow.attends_on_host and fast.attends_on_host
+    assert fast.forecast.decode_pass_s < slow.forecast.decode_pass_s
+    assert "attended to there" in fast.reason
+    own_cores = made(replace(RATES, copies_overlap=False))
+    assert own_cores.attends_on_host and own_cores.forecast.terms_s["host link"] == 0
+
+
+def test_attention_on_the_host_wants_kv_as_it_is() -> None:
+    lossy = _with_kv_on_nvme(1e12, "int8")
+    with pytest.raises(PlanError, match="attends_on_host needs KV as the model computes it"):
+        replace(lossy, attends_on_host=True).validate()
+
+
+def test_every_expert_that_a_layer_computes_has_its_latency() -> None:
+    model = llama_like(num_layers=4, num_experts=16)
+    runtime = replace(RATES.runtime, expert_latency_s=1e-3)
+
+    def latency(rates: Bandwidths, batch: int) -> float:
+        cluster = ClusterSpec.local(1, budget(64 * MIB), rates, LINK)
+        load = Workload(prompt_tokens=16, output_tokens=16, concurrency=batch)
+        return plan(model, cluster, load).forecast.terms_s["latency"]
+
+    for batch in (1, 8):
+        more = latency(replace(RATES, runtime=runtime), batch) - latency(RATES, batch)
+        assert more == pytest.approx(4 * 16 * model.expert_share(batch) * 1e-3)
