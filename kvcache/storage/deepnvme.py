@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from kvcache.storage import DirectFile, StorageBackend, check_aligned
 BLOCK_BYTES = 1 << 20
 QUEUE_DEPTH = 32
 NUM_THREADS = 4
-NAME = "async_io"
+NAME, PINNING = "async_io", "pin_memory"
 HOW_TO_BUILD = (
     "deepnvme needs DeepSpeed's async_io op, which is not built here; install libaio's headers and "
     "run DS_BUILD_AIO=1 pip install --force-reinstall deepspeed, or use the posix backend"
@@ -39,7 +40,7 @@ class DeepNVMeBackend(StorageBackend):
 
     def submit(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> Future[None]:
         check_aligned(offset, buffer)
-        return self._pool.submit(self._run, self._handle.sync_pread, file, offset, buffer)
+        return self._pool.submit(self._read, file, offset, buffer)
 
     def submit_write(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> Future[None]:
         check_aligned(offset, buffer)
@@ -47,6 +48,13 @@ class DeepNVMeBackend(StorageBackend):
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
+
+    def _read(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> None:
+        # the handle ends the process where a file is too short
+        if os.fstat(file.descriptor).st_size < offset + buffer.numel():
+            failure = "the file ends here; it is shorter than its index says"
+            raise StorageError(str(file.path), offset, failure)
+        self._run(self._handle.sync_pread, file, offset, buffer)
 
     def _run(self, call: Any, file: DirectFile, offset: int, buffer: torch.Tensor) -> None:
         try:
@@ -81,10 +89,17 @@ def _load_operator() -> Any:
     builder = AsyncIOBuilder()
     if installed_ops.get(builder.name, False):
         return builder.load(verbose=False)
-    library = Path(_get_build_directory(builder.name, verbose=False)) / f"{builder.name}.so"
-    spec = importlib.util.spec_from_file_location(builder.name, library)
-    if not library.is_file() or spec is None or spec.loader is None:
+    libraries = [
+        Path(_get_build_directory(name, verbose=False)) / f"{name}.so" for name in (PINNING, NAME)
+    ]
+    spec = importlib.util.spec_from_file_location(NAME, libraries[1])
+    if not libraries[1].is_file() or spec is None or spec.loader is None:
         raise BackendUnavailableError(HOW_TO_BUILD)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        if libraries[0].is_file():  # what the op calls to lock memory, in DeepSpeed 0.19 and later
+            ctypes.CDLL(str(libraries[0]), mode=ctypes.RTLD_GLOBAL)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (ImportError, OSError) as error:
+        raise BackendUnavailableError(f"{error}; {HOW_TO_BUILD}") from error
     return module
