@@ -144,6 +144,7 @@ class StageTimes:
             disk=device.bandwidths.disk_read,
             staged=device.staged,
             routed_share=self.table.profile.streamed_expert_share(self.decode.num_tokens),
+            expert_disk=device.bandwidths.disk_read_of(self.costs.expert_bytes),
         )
 
     def _room(self, rank: int, load: Load, device: DeviceSpec) -> Room:

@@ -36,7 +36,8 @@ class TierProblem:
     up to the router (1: it reads all ahead);
     ``embedding`` is the size of the embedding, of which a pass reads rows only (0: none).
     ``staged``: the host holds two buffers for the largest streamed unit on NVMe.
-    ``floor_s`` is the time below which fewer streamed bytes gain nothing.
+    ``floor_s`` is the time below which fewer streamed bytes gain nothing. ``expert_disk`` is the
+    disk's rate for reads as long as an expert's tensor (None: ``disk``).
     """
 
     classes: tuple[UnitClass, ...]
@@ -49,6 +50,7 @@ class TierProblem:
     disk: float
     staged: bool = False
     routed_share: float = 1.0
+    expert_disk: float | None = None
 
     @property
     def stream_bytes(self) -> int:
@@ -236,9 +238,10 @@ def _solve(
     floor = problem.floor_s * problem.disk / scale
     if problem.routed_share < 1:
         all_routed = sum(r * count for r, count in zip(routed, counts, strict=True))
-        waits = {**{d[c]: -routed[c] for c in range(n)}}
-        waits |= {h[c]: (per_link - 1) * routed[c] for c in range(n)}
-        at_most({**waits, t: -1.0}, -floor - all_routed)
+        slower = problem.disk / (problem.expert_disk or problem.disk)
+        waits = {**{d[c]: -slower * routed[c] for c in range(n)}}
+        waits |= {h[c]: (per_link - slower) * routed[c] for c in range(n)}
+        at_most({**waits, t: -1.0}, -floor - slower * all_routed)
     for c in range(n):
         at_most({d[c]: 1.0, h[c]: 1.0}, counts[c])
         above = range(c + 1)
