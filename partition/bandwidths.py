@@ -122,13 +122,17 @@ class Bandwidths:
     def disk_read_of(self, block_bytes: float) -> float:
         """Bytes/s of reads of ``block_bytes``: linear in their logarithm between measured points,
         constant outside."""
+        if not self.disk_blocks:
+            return self.disk_read
         points = [(rate.block_bytes, rate.read) for rate in self.disk_blocks]
-        return min(self.disk_read, _between(points, block_bytes) if points else math.inf)
+        return min(self.disk_read, _between(points, block_bytes))
 
     def disk_write_of(self, block_bytes: float) -> float:
         """The same of writes."""
+        if not self.disk_blocks:
+            return self.disk_write
         points = [(rate.block_bytes, rate.write) for rate in self.disk_blocks]
-        return min(self.disk_write, _between(points, block_bytes) if points else math.inf)
+        return min(self.disk_write, _between(points, block_bytes))
 
     @property
     def attention(self) -> float:

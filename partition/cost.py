@@ -179,17 +179,21 @@ class CostModel:
         copies_s, link_s, disk_s = self.transfers(
             load, shape, rates, streamed_bytes, disk_bytes, streamed_experts, disk_experts
         )
+        if shape.storage_dtype != "auto":
+            copies_s = copies_s + self._conversion_s(load, shape, rates)
+        latency_s = load.num_layers * ((1 + shape.micro_batches) * runtime.layer_latency_s)
+        if runtime.expert_latency_s:
+            computed = self.profile.expert_share(tokens)
+            latency_s = latency_s + load.num_experts * (computed * runtime.expert_latency_s)
         return {
             "device memory": touched / rates.device_memory,
             "compute": products * ((1 - share) / fast + share / slow),
             "attention": np.maximum(kv_s, scores_s),
             "elementwise": elementwise_s + logits_s,
             "collectives": 2 * load.num_layers * reduce_s + send_s,
-            "latency": load.num_layers * (1 + shape.micro_batches) * runtime.layer_latency_s
-            + load.num_experts * (self.profile.expert_share(tokens) * runtime.expert_latency_s)
-            + runtime.pass_latency_s,
+            "latency": latency_s + runtime.pass_latency_s,
             "routed experts": np.asarray(routed_s if read < 1 else 0.0),
-            "copies": copies_s + self._conversion_s(load, shape, rates),
+            "copies": copies_s,
             "host link": link_s,
             "disk": disk_s,
         }
@@ -206,32 +210,35 @@ class CostModel:
     ) -> tuple[Array, Array, Array]:
         """The terms "copies", "host link" and "disk" of `terms`."""
         left_out = 1 - self.profile.streamed_expert_share(shape.num_tokens)
-        streamed_bytes = streamed_bytes - left_out * streamed_experts
-        disk_bytes = disk_bytes - left_out * disk_experts
+        if left_out:
+            streamed_bytes = streamed_bytes - left_out * streamed_experts
+            disk_bytes = disk_bytes - left_out * disk_experts
+        from_host = streamed_bytes - disk_bytes
+        disk_s = disk_bytes / rates.disk_read
         per_token = load.kv_bytes_per_token * shape.num_sequences
-        host_kv = per_token * (shape.context * shape.host_kv * shape.host_share)
-        on_nvme = per_token * (shape.nvme_kv * shape.nvme_share)
-        nvme_kv = on_nvme * shape.context
-        disk_s = disk_bytes / rates.disk_read + nvme_kv / rates.disk_read_of(shape.kv_read_bytes)
-        disk_s = disk_s + on_nvme * (shape.written / rates.disk_write_of(shape.kv_write_bytes))
+        if shape.host_kv:
+            from_host = from_host + per_token * (shape.context * shape.host_kv * shape.host_share)
+        nvme_kv: Array | float = 0.0
+        if shape.nvme_kv:
+            on_nvme = per_token * (shape.nvme_kv * shape.nvme_share)
+            nvme_kv = on_nvme * shape.context
+            disk_s = disk_s + nvme_kv / rates.disk_read_of(shape.kv_read_bytes)
+            disk_s = disk_s + on_nvme * (shape.written / rates.disk_write_of(shape.kv_write_bytes))
         nothing = np.asarray(0.0)
         if rates.copies_overlap:
-            link_s = (streamed_bytes + host_kv + nvme_kv) / rates.host_to_device
+            link_s = (from_host + disk_bytes + nvme_kv) / rates.host_to_device
             return nothing, np.asarray(link_s), np.asarray(disk_s)
         # there is no link: NVMe is read into place
-        from_host = streamed_bytes - disk_bytes + host_kv
         return np.asarray(from_host / rates.host_to_device), nothing, np.asarray(disk_s)
 
     @staticmethod
-    def _conversion_s(load: Load, shape: PassShape, rates: Bandwidths) -> Array | float:
+    def _conversion_s(load: Load, shape: PassShape, rates: Bandwidths) -> Array:
         """Seconds in which KV changes between its dtypes."""
-        if shape.storage_dtype == "auto":
-            return 0.0
         codec = rates.kv_codec(shape.storage_dtype)
         decoded = (shape.host_kv + shape.nvme_kv) * shape.context
         encoded = shape.host_kv * shape.rewritten + shape.nvme_kv * shape.written
         per_token = load.kv_bytes_per_token * shape.num_sequences
-        return per_token * (decoded / codec.decode + encoded / codec.encode)
+        return np.asarray(per_token * (decoded / codec.decode + encoded / codec.encode))
 
 
 def compute_time(terms: dict[str, Array]) -> Array:

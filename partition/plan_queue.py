@@ -102,6 +102,7 @@ class PlanQueue:
         self._constraints = constraints
         self._scoring = Scoring(objective=objective, workload=workload)
         self._pool = DevicePool(cluster)
+        self._rates = {device.bandwidths for node in cluster.nodes for device in node.devices}
         self._tables: dict[tuple[int, bool], StageTable] = {}
         self._tiers: dict[TierProblem, TierChoice | None] = {}
         self._times: dict[object, StageTimes] = {}
@@ -222,7 +223,9 @@ class PlanQueue:
                         self._constraints,
                     )
                 }
-            yield from ((layout, sizing) for sizing in known[key] if self._may_run(layout, sizing))
+            for sizing in known[key]:
+                if self._may_run(layout, sizing) and self._may_pay(sizing):
+                    yield layout, sizing
 
     def _least_candidates(self) -> Iterator[tuple[Layout, Sizing]]:
         for layout in self._layouts():
@@ -233,6 +236,14 @@ class PlanQueue:
     def _may_run(self, layout: Layout, sizing: Sizing) -> bool:
         """Whether each pass in flight has a sequence."""
         return layout.passes_in_flight <= batch_size(sizing, self._workload)
+
+    def _may_pay(self, sizing: Sizing) -> bool:
+        """Whether to attend on the host, or not to, can be better than the other."""
+        if not sizing.num_rotating_host_blocks or sizing.kv_storage_dtype != "auto":
+            return True
+        if sizing.attends_on_host:
+            return all(rates.attention_on_host is not None for rates in self._rates)
+        return any(rates.copies_overlap for rates in self._rates)
 
     def _table(self, layout: Layout) -> StageTable:
         key = layout.tensor_parallel, layout.expert_parallel
