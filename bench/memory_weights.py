@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from direct_reads import best_settings, read_rate
-from offline import decode_rate, io_loop, newest_store, streamed_plan
+from offline import decode_rate, io_loop, newest_store, streamed_bytes, streamed_plan
 from report import header, spread
 from shapes import write_checkpoint
 
@@ -42,11 +42,7 @@ def line(folder: Path, rounds: int) -> None:
     path = write_checkpoint(SHAPE, folder)
     nvme_dir = folder / "nvme-streamed"
     plan = streamed_plan(path, nvme_dir, 0.9)
-    moved = sum(
-        p.num_bytes
-        for p in plan.shards[0].placements
-        if p.tier is Tier.NVME and p.unit != "embedding"
-    )
+    moved = streamed_bytes(plan)
     print(header("Line rate of a decode pass"))
     with LLM(path, plan=plan, nvme_dir=nvme_dir, max_model_len=512) as llm:
         read, weights = io_loop(plan, nvme_dir), newest_store(nvme_dir)

@@ -190,17 +190,22 @@ def io_loop(plan: PartitionPlan, nvme_dir: Path) -> Callable[[], float]:
     return run
 
 
+def streamed_bytes(plan: PartitionPlan) -> int:
+    """What a pass of the first shard reads from NVMe, but for rows of the embedding."""
+    return sum(
+        p.num_bytes
+        for p in plan.shards[0].placements
+        if p.tier is Tier.NVME and p.unit != "embedding"
+    )
+
+
 def streamed(folder: Path, rounds: int) -> None:
     """90 % of the weights on NVMe: a decode pass against reading the same bytes and nothing
     else."""
     path = write_checkpoint(SHAPE, folder)
     nvme_dir = folder / "nvme-streamed"
     plan = streamed_plan(path, nvme_dir, 0.9)
-    moved = sum(
-        p.num_bytes
-        for p in plan.shards[0].placements
-        if p.tier is Tier.NVME and p.unit != "embedding"
-    )
+    moved = streamed_bytes(plan)
     print(header("Decode with 90 % of the weights on NVMe"))
     print(f"plan: {plan.reason}; {moved / 1e9:.2f} GB read a pass\n")
     print("| batch | pass s | I/O-only s | ratio | GB/s of the pass | fraction of the ceiling |")

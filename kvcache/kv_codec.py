@@ -20,9 +20,9 @@ _STORED = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 CHUNK_BYTES = 256 << 10
 """What a CPU converts at a time: its caches hold it, its copy in fp32 and what comes out."""
 
-_FP8_BITS = ~0x780F
+_FP8_BITS = 0x87F0 - (1 << 16)
 """Sign, exponent and mantissa of E4M3 four bits further up: those of a bf16 2^120 times smaller,
-as the exponents' biases are 7 and 127."""
+as the exponents' biases are 7 and 127. As an int16, which is signed."""
 
 
 class _Half(NamedTuple):

@@ -158,4 +158,5 @@ def _scaled(device: DeviceSpec, field: str) -> DeviceSpec:
 
 
 def _faster_disk(node: NodeSpec, device: DeviceSpec) -> DeviceSpec:
-    return replace(device, bandwidths=device.bandwidths.shared_by(0.5, ("disk",)))
+    doubled = device.bandwidths.shared_by(0.5, ("disk",))  # a share of two disks
+    return replace(device, bandwidths=doubled)

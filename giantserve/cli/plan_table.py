@@ -31,7 +31,7 @@ def plan_table(plan: PartitionPlan) -> Table:
     """A row a stage and tier, all shards of the stage together."""
     table = _table(
         f"{plan.architecture} in {plan.dtype}: {layout(plan)}, {plan.max_num_seqs} sequences of "
-        f"up to {plan.max_model_len} tokens",
+        f"up to {plan.max_model_len} tokens{_slices(plan)}",
         "stage",
         "layers",
         "tier",
@@ -54,6 +54,12 @@ def plan_table(plan: PartitionPlan) -> Table:
                 end_section=tier is Tier.NVME,
             )
     return table
+
+
+def _slices(plan: PartitionPlan) -> str:
+    if not plan.is_sliced:
+        return ""
+    return f", passes of {plan.max_num_batched_tokens} in slices of {plan.max_slice_tokens}"
 
 
 def forecast_table(report: PlanReport) -> Table:

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from giantserve.cli import plan_page
 from giantserve.cli.main import app
 from giantserve.errors import ConfigError
 from giantserve.options import engine_config
 from giantserve.planning import problem_on
 from kvcache.tier import Tier
 from partition import ClusterSpec, Objective, PartitionPlan, PlanError
+from partition.memory_use import KINDS
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -188,6 +190,13 @@ def test_what_the_cluster_says_cannot_be_said_again(
     config = engine_config({"model": str(model), option: value})
     with pytest.raises(ConfigError, match=rf"^{option} is .* leave {option} out"):
         problem_on(ClusterSpec.from_yaml(CLUSTER), config)
+
+
+def test_every_kind_of_memory_has_a_colour_on_the_page() -> None:
+    style = (Path(plan_page.__file__).parent / "plan_page.html").read_text()
+    for kind in KINDS:
+        (variable,) = re.findall(rf"\.{kind} {{ background: var\((--[a-z-]+)\)", style)
+        assert style.count(f"{variable}: #") == 2, f"{kind}: once for light and once for dark"
 
 
 def test_the_workload_and_the_objective_reach_the_planner(model: Path) -> None:
