@@ -8,18 +8,24 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import httpx
 
+from deployments.options import parse_args
 from deployments.port import held_port
 from deployments.session import in_own_session
 from deployments.tuning import tune
 from giantserve.errors import ConfigError, EngineDeadError, GiantserveError
+from giantserve.executor.launcher import ENVIRONMENT_NAME, Launcher
+from giantserve.planning import check
 from partition.errors import PlanError
 
 if TYPE_CHECKING:
@@ -34,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     try:
         with held_port(arguments.host, arguments.port):
-            options = _key_values(arguments.options)
+            options = {"model": arguments.model, **_key_values(arguments.options)}
+            check(parse_args(options)[0])
             tune()
-            _serve({"model": arguments.model, **options}, arguments)
+            with _launcher() if arguments.address == "local" else nullcontext():
+                _serve(options, arguments)
     except (GiantserveError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -65,53 +73,37 @@ def _key_values(pairs: Sequence[str]) -> dict[str, str]:
     return options
 
 
+@contextmanager
+def _launcher() -> Iterator[None]:
+    """Forks what needs torch on this machine, of this server: it imports while Ray starts."""
+    with tempfile.TemporaryDirectory(prefix="giantserve-") as folder:
+        path = Path(folder) / "launcher"
+        with closing(Launcher(listen=path)):
+            os.environ[ENVIRONMENT_NAME] = str(path)
+            yield
+
+
 def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
     import ray
-    from ray import serve
-    from ray.serve.config import HTTPOptions
-    from ray.serve.schema import LoggingConfig
-
-    from deployments.app import APP_NAME, build_app
-    from deployments.loading import shown_loading
-    from deployments.options import parse_args
-    from giantserve.planning import check
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("deployments").setLevel(logging.INFO)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started_s = time.monotonic()
-
-    def start(num_cpus: int) -> None:
-        local = arguments.address == "local"
-        ray.init(
-            address=arguments.address,
-            include_dashboard=False if local else None,
-            num_cpus=num_cpus if local else None,
-            object_store_memory=OBJECT_STORE_BYTES if local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        serve.start(
-            http_options=HTTPOptions(
-                host=arguments.host, port=arguments.port, request_timeout_s=None
-            ),
-            logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
-        )
-        signal.signal(signal.SIGTERM, _interrupt)  # after Ray, which sets one of its own
-        signal.signal(signal.SIGINT, _interrupt)
-
-    check(parse_args(options)[0])
     try:
-        num_cpus = os.cpu_count() or 1
-        with ThreadPoolExecutor(1) as beside:  # planning imports torch while Ray starts
-            planned = beside.submit(build_app, options)
-            start(num_cpus)
+        with ThreadPoolExecutor(2) as beside:
+            planned = beside.submit(_build, options)  # while Ray starts
+            _start_ray(arguments, os.cpu_count() or 1)
+            proxies = beside.submit(_start_serve, arguments)
             app = planned.result()
-        if arguments.address == "local" and _num_cpus(app) > num_cpus:
-            ray.shutdown()
-            start(_num_cpus(app))
-        with shown_loading():
-            _run(app)
+            if arguments.address == "local" and _num_cpus(app) > (os.cpu_count() or 1):
+                proxies.result()
+                ray.shutdown()
+                _start_ray(arguments, _num_cpus(app))
+                proxies = beside.submit(_start_serve, arguments)
+            _wait_for_controller(proxies)
+            _run(app)  # while the proxies start
+            proxies.result()
         url = f"http://{_reachable(arguments.host)}:{arguments.port}"
         _wait_until_routed(url)
         print(f"ready: {url}/v1 after {time.monotonic() - started_s:.1f} s", flush=True)
@@ -121,8 +113,63 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if ray.is_initialized():
-            serve.delete(APP_NAME)
+            _delete_app()
             ray.shutdown()
+
+
+def _start_ray(arguments: argparse.Namespace, num_cpus: int) -> None:
+    """Join the cluster, or start a Ray of our own. Takes the signals that end the server back from
+    Ray, which sets handlers of its own."""
+    import ray
+
+    local = arguments.address == "local"
+    ray.init(
+        address=arguments.address,
+        include_dashboard=False if local else None,
+        num_cpus=num_cpus if local else None,
+        object_store_memory=OBJECT_STORE_BYTES if local else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def _start_serve(arguments: argparse.Namespace) -> None:
+    """Returns when the proxies listen."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.schema import LoggingConfig
+
+    serve.start(
+        http_options=HTTPOptions(host=arguments.host, port=arguments.port, request_timeout_s=None),
+        logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+    )
+
+
+def _wait_for_controller(starting: Future[None]) -> None:
+    """Until Serve's controller exists, from when on applications can be deployed."""
+    from ray.util import list_named_actors
+
+    while not starting.done():
+        if any(actor["namespace"] == "serve" for actor in list_named_actors(all_namespaces=True)):
+            return
+        time.sleep(0.01)
+    starting.result()
+
+
+def _build(options: Mapping[str, str]) -> serve.Application:
+    from deployments.app import build_app
+
+    return build_app(options)
+
+
+def _delete_app() -> None:
+    from ray import serve
+
+    from deployments.app import APP_NAME
+
+    serve.delete(APP_NAME)
 
 
 def _run(app: serve.Application) -> None:
@@ -130,9 +177,11 @@ def _run(app: serve.Application) -> None:
     from ray import serve
 
     from deployments.app import APP_NAME
+    from deployments.loading import shown_loading
 
     try:
-        serve.run(app, name=APP_NAME, route_prefix="/")
+        with shown_loading():
+            serve.run(app, name=APP_NAME, route_prefix="/")
     except RuntimeError as error:
         status = serve.status().applications.get(APP_NAME)
         messages = [d.message for d in status.deployments.values()] if status else []

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from kvcache.errors import StorageError
 from partition.bandwidths import Bandwidths
-from partition.calibration import Calibration, cache_path, load, machine_name, store
+from partition.cache import store
+from partition.calibration import Calibration, cache_path, load, machine_name
 from partition.disk_probe import probe_disk
 from partition.errors import PlanError
 

@@ -24,7 +24,7 @@ from giantserve.errors import (
     KVLostError,
 )
 from giantserve.executor.base import Executor
-from giantserve.executor.launcher import Launcher
+from giantserve.executor.launcher import Launcher, run_beside
 from giantserve.executor.messages import LoadProgress
 from giantserve.executor.select import make_executor
 from giantserve.outputs import StreamDelta, Usage
@@ -34,7 +34,7 @@ from giantserve.sampling_params import SamplingParams
 from giantserve.scheduler import Scheduler, SchedulerConfig
 from giantserve.sequence_output import SequenceOutput
 from giantserve.step import StepResult
-from giantserve.tokenizer import load_tokenizer
+from giantserve.tokenizer import Tokenizer, load_tokenizer
 from giantserve.trace_file import write_trace
 from kvcache.block_pool import BlockPool
 from kvcache.eviction import NextRequests
@@ -81,6 +81,15 @@ def unused_tiers(config: EngineConfig, plan: PartitionPlan) -> list[str]:
         for tier, (option, value) in asked.items()
         if value and not sum(shard.used_bytes(tier) for shard in plan.shards)
     ]
+
+
+def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """In a process that has transformers' models imported, if there is one: choosing among the
+    tokenizers needs them, using one does not. A checkpoint's own code is imported where it is
+    used."""
+    if config.trust_remote_code:
+        return load_tokenizer(config.model, trust_remote_code=True)
+    return run_beside(load_tokenizer, config.model)
 
 
 class Engine:
@@ -138,7 +147,7 @@ class Engine:
             time.monotonic,
         )
         with ThreadPoolExecutor(1) as beside:  # a tokenizer takes as long as the workers' imports
-            tokenizer = beside.submit(load_tokenizer, config.model, config.trust_remote_code)
+            tokenizer = beside.submit(_load_tokenizer, config)
             self._executor: Executor = make_executor(self.config, self.plan, on_progress, launcher)
         try:
             self.tokenizer = tokenizer.result()

@@ -9,6 +9,7 @@ from pathlib import Path
 from giantserve.calibrate import calibrate
 from giantserve.config import EngineConfig
 from giantserve.errors import ConfigError
+from giantserve.executor.launcher import run_beside
 from giantserve.node import cluster_of, default_budget
 from kvcache.tier import TierBudget
 from partition import (
@@ -21,9 +22,10 @@ from partition import (
     Workload,
 )
 from partition.byte_size import format_bytes
-from partition.calibration import default_cache_folder
+from partition.cache import default_cache_folder
 from partition.machine import Machine
 from partition.problem import PlanningProblem
+from partition.profile_cache import known_or_made
 
 CPU_BLOCK_SIZE = 16
 PAGE_MULTIPLE = 256
@@ -133,7 +135,8 @@ def _here(config: EngineConfig) -> tuple[EngineConfig, PlanningProblem]:
 
 
 def _profile(config: EngineConfig) -> ModelProfile:
-    return ModelProfile.from_pretrained(config.model, config.dtype, config.trust_remote_code)
+    given = config.model, config.dtype, config.trust_remote_code
+    return known_or_made(*given, lambda: run_beside(ModelProfile.from_pretrained, *given))
 
 
 def _problem(

@@ -17,6 +17,7 @@ from kvcache.unit_layout import UnitLayout
 from partition.meta_model import ATTENTION_NAME, build_meta_model
 from partition.plan import PartitionPlan
 from partition.profile import AttentionKind, ModelProfile, Unit
+from partition.profile_cache import known_or_made
 from partition.profiling import load_config
 
 
@@ -120,7 +121,9 @@ def plan_profile(plan: PartitionPlan, trust_remote_code: bool) -> tuple[Any, Mod
     Raises ConfigError where the plan's experts cannot be dealt out.
     """
     config = load_config(plan.model, plan.dtype, trust_remote_code)
-    profile = ModelProfile.from_config(config)
+    profile = known_or_made(
+        plan.model, plan.dtype, trust_remote_code, lambda: ModelProfile.from_config(config)
+    )
     if not plan.expert_parallel:
         return config, profile
     if refusal := profile.why_not_expert_parallel(plan.tensor_parallel):

@@ -47,6 +47,9 @@ class Tokenizer:
         )
         self.is_byte_level = _is_byte_level(self._backend)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._tokenizer, frozenset(self.eos_token_ids))
+
     @classmethod
     def from_pretrained(cls, path: str | Path, trust_remote_code: bool = False) -> Tokenizer:
         """Load the tokenizer of the model folder ``path``; nothing is fetched from anywhere.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from partition import cache
 from partition.bandwidths import Bandwidths
-from partition.codec import decode, encode
 from partition.errors import PlanError
 from partition.links import Link
 
@@ -43,12 +41,6 @@ class Calibration:
         return max(self.storage, key=lambda name: self.storage[name])
 
 
-def default_cache_folder() -> Path:
-    """Where calibrations are kept: ``$XDG_CACHE_HOME/giantserve`` or ``~/.cache/giantserve``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "giantserve"
-
-
 def machine_name() -> str:
     """What a calibration holds for: the host and the CPUs this process may use."""
     return f"{platform.node()} {platform.machine()} {len(os.sched_getaffinity(0))} cpus"
@@ -67,25 +59,10 @@ def cache_path(cache_folder: Path | None, folder: Path, device: str, dtype: str)
         ) from None
     key = "\0".join((machine_name(), str(disk), device, dtype))
     name = f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    return (cache_folder or default_cache_folder()) / name
+    return (cache_folder or cache.default_cache_folder()) / name
 
 
 def load(path: Path) -> Calibration | None:
     """The cached calibration; None where there is none, or one that this version cannot read."""
-    try:
-        found = decode(Calibration, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
-    return found if found.version == CALIBRATION_VERSION else None
-
-
-def store(path: Path, calibration: Calibration) -> None:
-    """Write the cache atomically; a cache that cannot be written is done without."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent)
-    except OSError:
-        return
-    with open(descriptor, "w", encoding="utf-8") as file:
-        json.dump(encode(calibration), file, indent=2)
-    os.replace(name, path)
+    found = cache.load(Calibration, path)
+    return found if found is not None and found.version == CALIBRATION_VERSION else None

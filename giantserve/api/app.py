@@ -33,7 +33,6 @@ from giantserve.errors import GiantserveError, ModelNotFoundError
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 DEFAULT_COMPLETION_TOKENS = 16
 
 Work = Callable[[], Awaitable[Response]]
@@ -43,7 +42,7 @@ def create_app(
     engine: ServingEngine | Callable[[], ServingEngine],
     *,
     api_key: str | None = None,
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    max_body_bytes: int = 4 * 2**20,
     metrics: Metrics | None = None,
 ) -> FastAPI:
     """The OpenAI-compatible app. ``engine`` may be a getter, asked once a request.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from giantserve.client import Client
+from giantserve.errors import GiantserveError
+
+if TYPE_CHECKING:
+    from giantserve.client import Client
 
 
 def chat(
@@ -19,17 +22,32 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
 ) -> None:
     """Chat with a server. An empty line or Ctrl-D ends it."""
+    import httpx
+
+    from giantserve.client import Client
+
     turns: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     options: dict[str, Any] = {"temperature": temperature}
     if max_tokens is not None:
         options["max_tokens"] = max_tokens
-    with Client(url, model=model, api_key=api_key) as client:
-        if message is not None:
-            _answer(client, [*turns, {"role": "user", "content": message}], options)
-            return
-        while said := _read():
-            turns.append({"role": "user", "content": said})
-            turns.append({"role": "assistant", "content": _answer(client, turns, options)})
+    try:
+        with Client(url, model=model, api_key=api_key) as client:
+            _converse(client, message, turns, options)
+    except httpx.HTTPError as error:
+        raise GiantserveError(
+            f"cannot talk to the server: {error}; is it running? see 'giantserve serve'"
+        ) from error
+
+
+def _converse(
+    client: Client, message: str | None, turns: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    if message is not None:
+        _answer(client, [*turns, {"role": "user", "content": message}], options)
+        return
+    while said := _read():
+        turns.append({"role": "user", "content": said})
+        turns.append({"role": "assistant", "content": _answer(client, turns, options)})
 
 
 def _read() -> str:

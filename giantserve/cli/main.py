@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import httpx
 import typer
 
 from giantserve.cli.chat import chat
@@ -59,8 +58,6 @@ def main() -> None:
         if not isinstance(error, PlanError):
             raise
         _fail(str(error), 1)
-    except httpx.HTTPError as error:
-        _fail(f"cannot talk to the server: {error}; is it running? see 'giantserve serve'", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 

@@ -1,136 +1,155 @@
-"""Starts workers on this machine by forking one process that has everything imported.
+"""A handle on the process that forks workers: see `launcher_process`.
 
-Importing torch and transformers takes seconds; forking takes milliseconds and shares the memory of
-what was imported. The launcher dies with the process that started it, and takes its workers along.
-
-python -m giantserve.executor.launcher    (started by `Launcher`; speaks JSON lines)
+A server starts one for its machine and names its socket in the environment, where Ray's processes
+find it: a replica that starts anew, or its shards, then pay for no imports.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
-import select
-import signal
+import pickle
+import socket
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from giantserve.errors import EngineDeadError
+from giantserve.executor.launcher_messages import Called, Kill, Launch, Poll, Run
+
+ENVIRONMENT_NAME = "GIANTSERVE_LAUNCHER"
+"""The socket of the machine's launcher, for `node_launcher`."""
 
 STOP_TIMEOUT_S = 10.0
 
+Parameters = ParamSpec("Parameters")
+Answer = TypeVar("Answer")
+
+logger = logging.getLogger(__name__)
+
 
 class Launcher:
-    """A handle on the launcher process. `close` ends it and every worker that still runs."""
+    """A connection to a launcher process. Closing it ends every worker started over it, and the
+    process itself where this handle started it. For one thread at a time."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "giantserve.executor.launcher"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
+    def __init__(self, listen: Path | None = None) -> None:
+        """Start a launcher process, which imports what workers need while this returns at once.
+
+        With ``listen``, other processes of this user may `connect` to the socket of that path; its
+        folder is to be private.
+        """
+        ours, theirs = socket.socketpair()
+        listening = None if listen is None else _listen(listen)
+        passed = [theirs, *([] if listening is None else [listening])]
+        descriptors = [each.fileno() for each in passed]
+        self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+            [sys.executable, "-m", "giantserve.executor.launcher_process", *map(str, descriptors)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=descriptors,
+            process_group=0,
         )
+        for each in passed:
+            each.close()
+        self._connection: Connection[Any, Any] = Connection(ours.detach())
+
+    @classmethod
+    def connect(cls, path: Path) -> Launcher:
+        """Join a launcher that listens. Raises OSError where none does."""
+        joined = socket.socket(socket.AF_UNIX)
+        try:
+            joined.connect(str(path))
+        except OSError:
+            joined.close()
+            raise
+        launcher = cls.__new__(cls)
+        launcher._process = None
+        launcher._connection = Connection(joined.detach())
+        return launcher
 
     def launch(self, address: tuple[str, int], authkey: bytes, rank: int) -> int:
-        """Fork a worker that connects to ``address``; returns its process id."""
-        request = {"address": list(address), "authkey": authkey.hex(), "rank": rank}
-        return int(self._ask(request)["pid"])
+        """Fork a worker that connects to ``address``, with this process's environment; returns its
+        process id."""
+        request = Launch(address=address, authkey=authkey, rank=rank, environment=dict(os.environ))
+        return int(self._ask(request))
 
     def exit_status(self, pid: int) -> str | None:
         """How the worker ended ("signal 9", "status 1"), or None while it runs."""
-        status: str | None = self._ask({"poll": pid})["status"]
+        status: str | None = self._ask(Poll(pid))
         return status
 
     def kill(self, pid: int) -> None:
         """End a worker at once."""
-        self._ask({"kill": pid})
+        self._ask(Kill(pid))
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except (BrokenPipeError, ValueError):
-            line = b""
-        if not line:
-            raise EngineDeadError("the process that starts the workers has ended")
-        answer: dict[str, Any] = json.loads(line)
+    def run(
+        self,
+        function: Callable[Parameters, Answer],
+        *args: Parameters.args,
+        **kwargs: Parameters.kwargs,
+    ) -> Answer:
+        """What ``function`` returns in a fork of the launcher; raises what it raises there.
+
+        The function, its arguments and its answer must pickle.
+        """
+        payload = pickle.dumps((function, args, kwargs), protocol=pickle.HIGHEST_PROTOCOL)
+        called: Called = self._ask(Run(payload))
+        if called.error is not None:
+            raise called.error
+        answer: Answer = pickle.loads(called.payload)
         return answer
 
+    def _ask(self, request: Any) -> Any:
+        try:
+            self._connection.send(request)
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise EngineDeadError("the process that starts the workers has ended") from None
+
     def close(self) -> None:
-        """End the launcher and its workers. Idempotent."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+        """End the workers, and the launcher where it is our own. Idempotent."""
+        if not self._connection.closed:
+            self._connection.close()
+        if self._process is None:
+            return
         try:
             self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
 
 
-def _main() -> None:
-    """Fork a worker for each request line; end with the last line."""
-    from giantserve.executor.worker import run_worker
-
-    children: dict[int, str | None] = {}
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a worker prints must not look like a reply
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pending = b""
-    while True:
-        select.select([0], [], [])
-        data = os.read(0, 65536)
-        if not data:
-            break
-        pending += data
-        while b"\n" in pending:
-            line, pending = pending.split(b"\n", 1)
-            request = json.loads(line)
-            if "poll" in request:
-                _reap(children)
-                replies.write(json.dumps({"status": children.get(request["poll"])}) + "\n")
-                continue
-            if "kill" in request:
-                _reap(children)
-                if children.get(request["kill"], "gone") is None:
-                    os.kill(request["kill"], signal.SIGKILL)
-                replies.write("{}\n")
-                continue
-            pid = os.fork()
-            if pid == 0:
-                code = 1
-                try:
-                    os.close(0)
-                    replies.close()
-                    address = (request["address"][0], request["address"][1])
-                    run_worker(address, bytes.fromhex(request["authkey"]), request["rank"])
-                    code = 0
-                finally:
-                    os._exit(code)
-            children[pid] = None
-            replies.write(json.dumps({"pid": pid}) + "\n")
-    _reap(children)
-    for pid, status in children.items():
-        if status is None:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+def _listen(path: Path) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.listen()
+    return listening
 
 
-def _reap(children: dict[int, str | None]) -> None:
-    for pid, status in children.items():
-        if status is not None:
-            continue
-        done, code = os.waitpid(pid, os.WNOHANG)
-        if done:
-            ended = os.WTERMSIG(code) if os.WIFSIGNALED(code) else None
-            children[pid] = f"signal {ended}" if ended else f"status {os.WEXITSTATUS(code)}"
+def node_launcher() -> Launcher | None:
+    """A connection to this machine's launcher; None where there is none."""
+    path = os.environ.get(ENVIRONMENT_NAME)
+    if path is None:
+        return None
+    try:
+        return Launcher.connect(Path(path))
+    except OSError as error:
+        logger.warning("no launcher at %s (%s): workers import for themselves", path, error)
+        return None
 
 
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):  # whoever started us is gone, and so are we
-        _main()
+def run_beside(
+    function: Callable[Parameters, Answer], *args: Parameters.args, **kwargs: Parameters.kwargs
+) -> Answer:
+    """What ``function`` returns, in a fork of this machine's launcher if there is one, else here.
+
+    For what needs torch or transformers in a process that does not.
+    """
+    launcher = node_launcher()
+    if launcher is None:
+        return function(*args, **kwargs)
+    with contextlib.closing(launcher):
+        return launcher.run(function, *args, **kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from giantserve.errors import EngineDeadError
 from giantserve.executor.base import Executor, ProgressCallback
+from giantserve.executor.launcher import node_launcher
 from giantserve.shard_spec import ShardSpec
 
 PLACEMENT_TIMEOUT_S = 120.0
@@ -24,18 +26,33 @@ OBJECT_STORE_BYTES = 128 << 20
 
 
 class ShardActor:
-    """Hosts one worker. `run` lasts as long as the worker does."""
+    """Hosts one worker: a fork of the machine's launcher where there is one, else this process.
+
+    `run` lasts as long as the worker does, and a worker no longer than its actor.
+    """
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
 
     def node_ip(self) -> str:
         return _node_ip()
 
     def pid(self) -> int:
-        return os.getpid()
+        return self._pid
 
     def run(self, address: tuple[str, int], authkey: bytes, rank: int) -> None:
-        from giantserve.executor.worker import run_worker
+        launcher = node_launcher()
+        if launcher is None:
+            from giantserve.executor.worker import run_worker
 
-        run_worker(address, authkey, rank)
+            run_worker(address, authkey, rank)
+            return
+        with contextlib.closing(launcher):
+            self._pid = launcher.launch(address, authkey, rank)
+            _wait_for_end(self._pid)
+            status = launcher.exit_status(self._pid)
+        if status != "status 0":
+            raise EngineDeadError(f"its process ended with {status}")
 
 
 class RayExecutor(Executor):
@@ -104,7 +121,10 @@ class RayExecutor(Executor):
             ray.get(self._runs[rank], timeout=2.0)
         except ray.exceptions.RayActorError as error:
             return str(error).splitlines()[0]
-        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError) as error:
+        except ray.exceptions.RayTaskError as error:
+            known = isinstance(error.cause, EngineDeadError)
+            return str(error.cause) if known else type(error).__name__
+        except ray.exceptions.GetTimeoutError as error:
             return type(error).__name__
         return "its connection closed"
 
@@ -138,6 +158,15 @@ def _start_ray() -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+
+
+def _wait_for_end(pid: int) -> None:
+    """Until a process that is not a child of this one has ended."""
+    process = os.pidfd_open(pid)
+    try:
+        select.select([process], [], [])
+    finally:
+        os.close(process)
 
 
 def _node_ip() -> str:

@@ -269,14 +269,28 @@ def test_a_taken_port_is_one_line(server: Server, model: Path) -> None:
     assert done.stderr.count("\n") == 1 and "Address already in use" in done.stderr
 
 
+def workers(server: Server) -> list[psutil.Process]:
+    """The processes that the server's launcher forked."""
+    (launcher,) = [
+        process
+        for process in server.processes()
+        if "giantserve.executor.launcher_process" in process.cmdline()
+        and process.ppid() == psutil.Process(server.process.pid).children()[0].pid
+    ]
+    return launcher.children()
+
+
+@pytest.mark.parametrize("victim", ["actor", "worker"])
 def test_a_killed_shard_fails_its_requests_and_is_replaced(
-    server: Server, cluster: None, expected: list[str]
+    server: Server, cluster: None, expected: list[str], victim: str
 ) -> None:
     victims = [int(actor.pid) for actor in shard_actors()]
+    gang = workers(server)
+    assert len(gang) == 2
     with Client(server.root_url, api_key=API_KEY, timeout_s=60) as ours:
         stream = ours.stream_complete([5], max_tokens=LONG, ignore_eos=True)
         next(stream)
-        psutil.Process(victims[0]).kill()
+        (psutil.Process(victims[0]) if victim == "actor" else gang[0]).kill()
         with pytest.raises(EngineDeadError, match="died"):
             list(stream)
     assert httpx.get(f"{server.root_url}/health", timeout=30).status_code == 503
@@ -287,6 +301,8 @@ def test_a_killed_shard_fails_its_requests_and_is_replaced(
         return not any(int(actor.pid) in victims for actor in shard_actors())
 
     wait_until("the gang is given up", died)
+    _, alive = psutil.wait_procs(gang, timeout=30)
+    assert not alive, "workers outlive their actors"
     # for as long as the replacement loads, and the proxy still asks the dead one, the answer is 503
     patient = RetryPolicy(max_retries=40, max_delay_s=4.0)
     with Client(server.root_url, api_key=API_KEY, timeout_s=60, retry=patient) as ours:
