@@ -23,13 +23,16 @@ from partition import Bandwidths, PartitionPlan
 SHAPE = "llama-2.2gb"
 SEQUENCES, ON_DEVICE = 128, 8
 PROMPT_TOKENS, OUTPUT_TOKENS = 96, 32
+LONG_SHAPE, LONG_PROMPT_TOKENS = "llama-0.2gb-mha", 224
 BUDGET = 8 << 30
 PREFIX_TOKENS, FEW_BLOCKS = 2000, 4
 
 
-def rotation_plans(path: Path, nvme_dir: Path) -> dict[str, PartitionPlan]:
+def rotation_plans(
+    path: Path, nvme_dir: Path, prompt_tokens: int = PROMPT_TOKENS
+) -> dict[str, PartitionPlan]:
     """The same plan with all KV on the device, and with all but 8 sequences' beyond it."""
-    tokens = PROMPT_TOKENS + OUTPUT_TOKENS
+    tokens = prompt_tokens + OUTPUT_TOKENS
     config = EngineConfig(
         model=str(path),
         nvme_dir=nvme_dir,
@@ -39,7 +42,7 @@ def rotation_plans(path: Path, nvme_dir: Path) -> dict[str, PartitionPlan]:
         pipeline_parallel=1,
         max_num_seqs=SEQUENCES,
         max_model_len=tokens,
-        prompt_tokens=PROMPT_TOKENS,
+        prompt_tokens=prompt_tokens,
         output_tokens=OUTPUT_TOKENS,
         concurrency=SEQUENCES,
     )
@@ -69,17 +72,28 @@ def rotation_plans(path: Path, nvme_dir: Path) -> dict[str, PartitionPlan]:
 
 
 def rotation(folder: Path, rounds: int) -> None:
+    """Where the products bind: short sequences, and a model that shares its KV heads."""
+    _rotation(folder, rounds, SHAPE, PROMPT_TOKENS)
+
+
+def rotation_long(folder: Path, rounds: int) -> None:
+    """Where the link binds: longer sequences, and a KV head for each query head."""
+    _rotation(folder, rounds, LONG_SHAPE, LONG_PROMPT_TOKENS)
+
+
+def _rotation(folder: Path, rounds: int, shape: str, prompt_tokens: int) -> None:
     """Decode passes with KV on each tier, in turns."""
-    path = write_checkpoint(SHAPE, folder)
+    path = write_checkpoint(shape, folder)
     nvme_dir = folder / "nvme"
-    plans = rotation_plans(path, nvme_dir)
-    layout = resolve(EngineConfig(model=str(path), nvme_dir=nvme_dir)).profile.kv_layout(0, 22, 16)
-    kv_bytes = SEQUENCES * (PROMPT_TOKENS + OUTPUT_TOKENS / 2) * layout.bytes_per_token
+    plans = rotation_plans(path, nvme_dir, prompt_tokens)
+    profile = resolve(EngineConfig(model=str(path), nvme_dir=nvme_dir)).profile
+    layout = profile.kv_layout(0, profile.num_layers, plans["device"].block_size)
+    kv_bytes = SEQUENCES * (prompt_tokens + OUTPUT_TOKENS / 2) * layout.bytes_per_token
     print(header("KV of running sequences beyond the device"))
     passes: dict[str, list[float]] = {name: [] for name in plans}
     roofs: dict[str, list[float]] = {name: [] for name in plans}
     tokens: dict[str, list[list[int]]] = {}
-    fixed = prompts(SEQUENCES, PROMPT_TOKENS)
+    fixed = prompts(SEQUENCES, prompt_tokens)
     greedy = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0.0, ignore_eos=True)
     with ExitStack() as open_now:
         engines = {
@@ -94,10 +108,12 @@ def rotation(folder: Path, rounds: int) -> None:
         for _ in range(rounds):
             rates = calibrate(folder, refresh=True).bandwidths
             for name, llm in engines.items():
-                rate, _ = decode_rate(llm, SEQUENCES, OUTPUT_TOKENS, PROMPT_TOKENS)
+                rate, _ = decode_rate(llm, SEQUENCES, OUTPUT_TOKENS, prompt_tokens)
                 passes[name].append(SEQUENCES / rate)
                 roofs[name].append(_roof(name, plans[name], kv_bytes, rates))
-    print(f"{SEQUENCES} sequences, {PROMPT_TOKENS} in / {OUTPUT_TOKENS} out, bf16; ", end="")
+    print(
+        f"{shape}: {SEQUENCES} sequences, {prompt_tokens} in / {OUTPUT_TOKENS} out, bf16; ", end=""
+    )
     print(f"{kv_bytes / 1e9:.2f} GB of KV, of which {ON_DEVICE} sequences' on the device\n")
     print(
         "| KV | decode pass s | of all on the device | roofline s | pass / roofline | same tokens |"

@@ -47,6 +47,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "max_position_embeddings": 2048,
     },
+    "llama-0.2gb-mha": {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 2048,
+    },
     "llama-0.5gb": {
         "vocab_size": 16000,
         "hidden_size": 1536,

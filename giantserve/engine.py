@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +67,11 @@ class _Ticket:
     sink: Sink
     choices: dict[int, _Choice] = field(default_factory=dict)
     completion_tokens: int = 0
+
+
+def _run_all(actions: Sequence[Callable[[], None]]) -> None:
+    for action in actions:
+        action()
 
 
 def unused_tiers(config: EngineConfig, plan: PartitionPlan) -> list[str]:
@@ -157,6 +162,7 @@ class Engine:
         self._pool.adopt(self._executor.kept)
         self._ids = itertools.count(1)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._held = threading.local()
         self._tickets: dict[str, _Ticket] = {}
         self._by_sequence: dict[int, _Ticket] = {}
         self._in_flight = 0
@@ -218,6 +224,18 @@ class Engine:
             )
         )
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread submits within is admitted at once, between two passes: which prompts a
+        pass reads together is then the same whenever they are. Where the body raises, none is."""
+        actions: list[Callable[[], None]] = []
+        self._held.actions = actions
+        try:
+            yield
+        finally:
+            del self._held.actions
+        self._enqueue(lambda: _run_all(actions))
+
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks; nothing more goes to its sink."""
         with contextlib.suppress(EngineDeadError):  # then there is nothing left to drop
@@ -257,6 +275,10 @@ class Engine:
         with self._ending:
             if self._failure is not None:
                 raise EngineDeadError(str(self._failure))
+            held: list[Callable[[], None]] | None = getattr(self._held, "actions", None)
+            if held is not None:
+                held.append(action)
+                return
             self._inbox.put(action)
         self._executor.wake()
 

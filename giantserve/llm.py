@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import queue
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ class LLM:
     Memory sizes are bytes or strings such as "2GiB", per shard; whatever is left out the planner
     chooses from the machine, and a line of the log says what and why (on stderr, unless the program
     has set up logging itself). ``options`` are the other fields of `EngineConfig`; ``plan`` is run
-    in place of the planner's own. Use it as a context manager, or call `close`.
+    in place of the planner's own. However many prompts a call brings, they wait, unless
+    ``max_queued_requests`` says otherwise. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class LLM:
         unknown = sorted(set(options) - set(EngineConfig.__dataclass_fields__))
         if unknown:
             raise ConfigError(f"LLM has no option {', '.join(unknown)}")
+        options.setdefault("max_queued_requests", sys.maxsize)
         config = EngineConfig(
             model=str(model),
             device_memory=_bytes("device_memory", device_memory),
@@ -94,27 +97,27 @@ class LLM:
         ids = [self._token_ids(prompt) for prompt in batch]
         for own in each:
             own.check_vocab(self._engine.profile.vocab_size)
+        outputs = [
+            RequestOutput(
+                request_id=f"{call}-{index}",
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_token_ids=list(token_ids),
+                choices=[Completion(index=i) for i in range(own.n)],
+            )
+            for index, (prompt, token_ids, own) in enumerate(zip(batch, ids, each, strict=True))
+        ]
+        left = len(outputs)
         started = time.monotonic()
-        outputs: list[RequestOutput] = []
-        left = len(batch)
         try:
-            for index, (prompt, token_ids, own) in enumerate(zip(batch, ids, each, strict=True)):
-                request_id = f"{call}-{index}"
-                outputs.append(
-                    RequestOutput(
-                        request_id=request_id,
-                        prompt=prompt if isinstance(prompt, str) else None,
-                        prompt_token_ids=list(token_ids),
-                        choices=[Completion(index=i) for i in range(own.n)],
+            with self._engine.together():
+                for index, (output, own) in enumerate(zip(outputs, each, strict=True)):
+                    self._engine.submit(
+                        output.request_id,
+                        output.prompt_token_ids,
+                        own,
+                        lambda item, i=index: inbox.put((i, time.monotonic(), item)),  # type: ignore[misc]
+                        tenant=tenant,
                     )
-                )
-                self._engine.submit(
-                    request_id,
-                    token_ids,
-                    own,
-                    lambda item, i=index: inbox.put((i, time.monotonic(), item)),  # type: ignore[misc]
-                    tenant=tenant,
-                )
             while left:
                 index, now, item = inbox.get()
                 if isinstance(item, GiantserveError):

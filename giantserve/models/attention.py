@@ -19,6 +19,10 @@ from giantserve.models.varlen import attend_batch, can_attend
 from kvcache.kv_store import KVViews, write_tokens
 from partition.meta_model import LocalMask
 
+CACHED_BYTES = 4 << 20
+"""Of gathered keys, and as much of values, that a CPU attends to at once: larger ones leave its
+caches, and their memory comes anew from the system each time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionOptions:
@@ -163,27 +167,52 @@ def attend_decodes(
     options: AttentionOptions,
 ) -> torch.Tensor:
     """One query a sequence, each over its own context, padded to the group's longest. Returns [B,
-    H, D]."""
+    H, D].
+
+    On a CPU as many sequences at a time as keep what is gathered in its caches.
+    """
+    together = query_BHD.shape[0]
+    if query_BHD.device.type == "cpu":
+        together = max(1, CACHED_BYTES // (group.tables.shape[1] * keys_NSKD[0].nbytes))
+    parts = []
+    for query, tables, lengths in zip(
+        torch.split(query_BHD, together),
+        torch.split(group.tables, together),
+        torch.split(group.lengths, together),
+        strict=True,
+    ):
+        keys, values = (
+            blocks.index_select(0, tables.flatten())
+            .view(tables.shape[0], -1, *blocks.shape[2:])
+            .transpose(1, 2)
+            for blocks in (keys_NSKD, values_NSKD)
+        )
+        parts.append(_attend_padded(query, keys, values, lengths, options))
+    return torch.cat(parts)
+
+
+def _attend_padded(
+    query_BHD: torch.Tensor,
+    keys_BKLD: torch.Tensor,
+    values_BKLD: torch.Tensor,
+    lengths: torch.Tensor,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Each query over the first of its keys, ``lengths`` [B] of them."""
     batch, heads, dim = query_BHD.shape
-    keys, values = (
-        blocks.index_select(0, group.tables.flatten())
-        .view(batch, -1, *blocks.shape[2:])
-        .transpose(1, 2)
-        for blocks in (keys_NSKD, values_NSKD)
-    )
-    positions = torch.arange(keys.shape[2], device=query_BHD.device)
-    visible = positions < group.lengths[:, None]
+    positions = torch.arange(keys_BKLD.shape[2], device=query_BHD.device)
+    visible = positions < lengths[:, None]
     if options.window is not None:
-        visible = visible & (positions >= group.lengths[:, None] - options.window)
-    kv_heads = keys.shape[1]
+        visible = visible & (positions >= lengths[:, None] - options.window)
+    kv_heads = keys_BKLD.shape[1]
     query = query_BHD.view(batch, kv_heads, heads // kv_heads, dim)
     mask = visible[:, None, None, :]
     if options.plain:
         out = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, scale=options.scaling
+            query, keys_BKLD, values_BKLD, attn_mask=mask, scale=options.scaling
         )
     else:
-        out = _attend_explicitly(query, keys, values, mask, options)
+        out = _attend_explicitly(query, keys_BKLD, values_BKLD, mask, options)
     return out.reshape(batch, heads, -1)
 
 

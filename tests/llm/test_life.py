@@ -183,3 +183,25 @@ def test_a_plan_survives_json(model_path: Path, options: dict[str, Any], llm: LL
         assert planned.plan == plan
         tokens = [o.token_ids for o in planned.generate(PROMPTS, GREEDY)]
     assert tokens == [o.token_ids for o in llm.generate(PROMPTS, GREEDY)]
+
+
+def test_a_call_may_bring_more_prompts_than_a_server_would_queue(llm: LLM) -> None:
+    one = SamplingParams(max_tokens=1, temperature=0.0)
+    prompts = [[5 + index % 7, 6] for index in range(1500)]
+    outputs = llm.generate(prompts, one)
+    assert len(outputs) == len(prompts)
+    for output in outputs:
+        assert output.token_ids == outputs[output.prompt_token_ids[0] - 5].token_ids
+
+
+def test_prompts_of_one_call_are_read_in_the_same_passes_every_time(
+    model_path: Path, options: dict[str, Any]
+) -> None:
+    prompts = make_prompts((40,) * 12)
+    with LLM(model_path, **{**options, "max_num_batched_tokens": 100, "trace": None}) as llm:
+        passes = []
+        for tenant in ("first", "second", "third"):  # none finds another's prefixes
+            before = llm.stats()["passes"]
+            llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0.0), tenant=tenant)
+            passes.append(llm.stats()["passes"] - before)
+    assert passes == [5, 5, 5], "480 tokens, 100 a pass"
