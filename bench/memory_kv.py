@@ -131,8 +131,8 @@ def _rotation(folder: Path, rounds: int, shape: str, prompt_tokens: int) -> None
         a == b for a, b in zip(tokens["control"], tokens["device"], strict=True)
     )
     print(
-        f"\nAll on the device twice gives the same tokens in {again:.0%}: in bf16 they depend on "
-        f"which prompts a pass happens to read together. KV lost: {losses}. (target: within 10 %)"
+        f"\nAll on the device twice gives the same tokens in {again:.0%}. KV lost: {losses}. "
+        f"(target: within 10 %)"
     )
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 import transformers
 from direct_reads import best_settings, read_rate
-from offline import decode_rate, io_loop, newest_store, streamed_bytes, streamed_plan
+from offline import decode_rate, io_loop, newest_store, prompts, streamed_bytes, streamed_plan
 from report import header, spread
 from shapes import write_checkpoint
 
-from giantserve import LLM
+from giantserve import LLM, SamplingParams
 from kvcache.tier import Tier
 from partition import ModelProfile, PartitionPlan
 from partition.cost import page_rounded
@@ -166,7 +166,7 @@ def experts(folder: Path, rounds: int) -> None:
             "concurrency": batch,
         }
         with LLM(path, nvme_dir=folder / "nvme-experts", **options) as llm:
-            decode_rate(llm, batch, 4, prompt_tokens=16)
+            llm.generate(prompts(64, 48), SamplingParams(max_tokens=1))  # first reads are checked
             passes, read = [], []
             for _ in range(rounds):
                 before = read_so_far(llm)

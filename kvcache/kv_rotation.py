@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ from kvcache.checksum import PieceChecksum
 from kvcache.kept_index import KeptIndex
 from kvcache.kv_codec import codecs
 from kvcache.kv_file import KVFile
+from kvcache.kv_moves import KVMoves, moves_of, slots_of
 from kvcache.kv_store import KVStore, KVViews, layer_views
 from kvcache.micro_batch import CHUNK_BYTES, NUM_BUFFERS, MicroBatch
 from kvcache.storage.posix import PosixBackend
@@ -37,37 +37,12 @@ from kvcache.transfer_stats import Link, TransferStats
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Moves:
-    """What a micro-batch moves at every layer alike. ``gathers`` are (source, slots, its rows) of
-    what lies in memory, ``scatters`` (target, slots, its rows), where a source or target is DEVICE
-    or HOST; ``reads`` and ``writes`` runs of slots whose blocks are neighbours on NVMe. ``tails``
-    and ``kept`` are (slots, tail rows) before and after the pass; ``filled`` blocks leave their
-    tail rows with it. The slots ``on_nvme`` are read from ``places`` of the file; what comes to
-    those that are not ``wanted``, since they lie in tail rows or between others, counts for
-    nothing, and ``blank`` ones are cleared: they are written to."""
-
-    micro_batch: MicroBatch
-    gathers: tuple[tuple[Tier, slice, torch.Tensor], ...]
-    on_nvme: slice
-    places: torch.Tensor
-    wanted: torch.Tensor
-    blank: tuple[int, ...]
-    tails: tuple[torch.Tensor, torch.Tensor]
-    reads: tuple[slice, ...]
-    scatters: tuple[tuple[Tier, torch.Tensor, torch.Tensor], ...]
-    kept: tuple[torch.Tensor, torch.Tensor]
-    writes: tuple[slice, ...]
-    beyond: slice
-    filled: tuple[int, ...]
-
-
 @dataclass(slots=True, eq=False)
 class _Job:
     """One micro-batch at one layer. ``stored``: what goes home is in the landing already."""
 
     layer: int
-    moves: _Moves
+    moves: KVMoves
     buffer: int
     stored: bool = False
     reads: list[tuple[slice, Future[None]]] = field(default_factory=list)
@@ -282,53 +257,12 @@ class KVRotation:
         on_nvme = (slot for slot in micro_batch.unfinished if blocks[slot] >= self.first_nvme)
         return {slot for slot in on_nvme if self._tails.keep(blocks[slot])}
 
-    def _moves(self, micro_batch: MicroBatch) -> _Moves:
-        blocks, loaded = micro_batch.blocks, micro_batch.num_loaded
-        tails = {slot: self._tails[b] for slot, b in enumerate(blocks) if b in self._tails}
-        kept = self._keep_tails(micro_batch)
-        regions = (
-            (Tier.DEVICE, 0, self.first_host),
-            (Tier.HOST, self.first_host, self.first_nvme),
-            (Tier.NVME, self.first_nvme, self.num_blocks),
-        )
-        bounds = [0]
-        gathers, scatters = [], []
-        for tier, first, stop in regions:
-            lower = bounds[-1]
-            upper = bisect_left(blocks, stop, lower, loaded)
-            bounds.append(upper)
-            if tier is Tier.NVME:
-                break
-            if upper > lower:
-                rows = torch.tensor(blocks[lower:upper]) - first
-                gathers.append((tier, slice(lower, upper), rows.to(self._device_of(tier))))
-            slots = [slot for slot in micro_batch.written if first <= blocks[slot] < stop]
-            if slots:
-                rows = torch.tensor([blocks[slot] - first for slot in slots])
-                where = torch.tensor(slots, device=self._buffers[0].device)
-                scatters.append((tier, where, rows.to(self._device_of(tier))))
-        on_nvme = range(bounds[2], bounds[3])
-        near = {slot for slot in on_nvme if slot in tails}
-        unwanted = near | micro_batch.bridges
-        behind = [slot for slot in micro_batch.written if blocks[slot] >= self.first_nvme]
-        return _Moves(
-            micro_batch=micro_batch,
-            gathers=tuple(gathers),
-            on_nvme=slice(bounds[2], bounds[3]),
-            places=torch.tensor(blocks[bounds[2] : bounds[3]], dtype=torch.long) - self.first_nvme,
-            wanted=torch.tensor([slot not in unwanted for slot in on_nvme], dtype=torch.bool),
-            blank=tuple(micro_batch.bridges.intersection(micro_batch.written)),
-            tails=_index(sorted(near), [tails[slot] for slot in sorted(near)]),
-            reads=tuple(r for r in _runs(blocks, on_nvme) if not unwanted.issuperset(_slots(r))),
-            scatters=tuple(scatters),
-            kept=_index(sorted(kept), [self._tails[blocks[slot]] for slot in sorted(kept)]),
-            writes=tuple(_runs(blocks, [slot for slot in behind if slot not in kept])),
-            beyond=slice(bounds[1], bounds[3]),
-            filled=tuple(blocks[slot] for slot in behind if slot in tails and slot not in kept),
-        )
-
-    def _device_of(self, tier: Tier) -> torch.device:
-        return self._homes[tier].device
+    def _moves(self, micro_batch: MicroBatch) -> KVMoves:
+        blocks = micro_batch.blocks
+        before = {slot: self._tails[b] for slot, b in enumerate(blocks) if b in self._tails}
+        after = {slot: self._tails[blocks[slot]] for slot in self._keep_tails(micro_batch)}
+        device = self._buffers[0].device
+        return moves_of(micro_batch, self.first_host, self.first_nvme, before, after, device)
 
     def _gather(self, job: _Job, landing: torch.Tensor, buffer: torch.Tensor) -> None:
         """Bring what lies on the device and on the host into the slots."""
@@ -420,7 +354,7 @@ class KVRotation:
         for run, future in job.reads:
             if (error := future.exception()) is not None:
                 logger.warning("KV is lost: %s", error)
-                lost.update(_slots(run))
+                lost.update(slots_of(run))
         job.reads.clear()
         found = self._checks[job.layer].of(landing[moves.on_nvme])
         wrong = moves.wanted & (found != self._sums[job.layer][moves.places])
@@ -475,7 +409,7 @@ class KVRotation:
         for run, future in job.writes:
             if (error := future.exception()) is not None:
                 logger.warning("KV is lost: %s", error)
-                self._lose(job, _slots(run))
+                self._lose(job, slots_of(run))
         job.writes.clear()
 
     def _move(
@@ -508,28 +442,8 @@ class KVRotation:
             self.end()
 
 
-def _slots(run: slice) -> range:
-    return range(run.start, run.stop)
-
-
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
-
-
-def _index(slots: Sequence[int], rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor(slots, dtype=torch.long), torch.tensor(rows, dtype=torch.long)
-
-
-def _runs(blocks: Sequence[int], slots: Sequence[int]) -> Iterator[slice]:
-    """Maximal runs of neighbouring slots with neighbouring blocks."""
-    start = 0
-    for index in range(1, len(slots) + 1):
-        if index < len(slots):
-            here, before = slots[index], slots[index - 1]
-            if here == before + 1 and blocks[here] == blocks[before] + 1:
-                continue
-        yield slice(slots[start], slots[index - 1] + 1)
-        start = index
 
 
 def _words(rows: torch.Tensor) -> torch.Tensor:
