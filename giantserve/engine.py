@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import pickle
 import queue
 import threading
 import time
@@ -94,7 +95,10 @@ def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     used."""
     if config.trust_remote_code:
         return load_tokenizer(config.model, trust_remote_code=True)
-    return run_beside(load_tokenizer, config.model)
+    try:
+        return run_beside(load_tokenizer, config.model)
+    except pickle.PicklingError:
+        return load_tokenizer(config.model)
 
 
 class Engine:

@@ -93,7 +93,7 @@ class Launcher:
     ) -> Answer:
         """What ``function`` returns in a fork of the launcher; raises what it raises there.
 
-        The function, its arguments and its answer must pickle.
+        The function and its arguments must pickle; PicklingError where the answer does not.
         """
         payload = pickle.dumps((function, args, kwargs), protocol=pickle.HIGHEST_PROTOCOL)
         called: Called = self._ask(Run(payload))

@@ -142,7 +142,7 @@ def _work(request: Launch) -> None:
 def _run(request: Run, answer: Connection[Any, Any]) -> None:
     try:
         function, args, kwargs = pickle.loads(request.payload)
-        called = Called(payload=pickle.dumps(function(*args, **kwargs)))
+        called = Called(payload=_pickled(function(*args, **kwargs)))
     except Exception as error:  # for the caller, where it can travel
         called = Called(error=error)
     try:
@@ -151,6 +151,13 @@ def _run(request: Run, answer: Connection[Any, Any]) -> None:
     except Exception:
         message = pickle.dumps(Called(error=EngineDeadError(f"{called.error!r}")))
     answer.send_bytes(message)
+
+
+def _pickled(value: Any) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception as error:  # which pickling raises in many kinds
+        raise pickle.PicklingError(f"the answer does not pickle: {error}") from None
 
 
 def _reap(workers: dict[int, str | None]) -> None:
