@@ -31,13 +31,19 @@ SERVE_SETTINGS = {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "60",
 }
 
-PORT_SETTINGS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
+PORT_SETTINGS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    # Of the proxy that takes requests while there is no replica: 8500 and 9500 otherwise.
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
 
 
 def tune(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set what the user has not set.
 
-    HAProxy's own listeners take free ports, so that servers can share a machine.
+    Serve's inner listeners take free ports, so that servers can share a machine.
     """
     for name, value in SERVE_SETTINGS.items():
         environment.setdefault(name, value)

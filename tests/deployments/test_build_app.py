@@ -97,7 +97,7 @@ def test_settings_leave_the_users_alone() -> None:
     tune(environment)
     assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
     assert set(environment) == {*SERVE_SETTINGS, *PORT_SETTINGS}
-    assert len({environment[name] for name in PORT_SETTINGS}) == 2
+    assert len({environment[name] for name in PORT_SETTINGS}) == 4
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.stem))

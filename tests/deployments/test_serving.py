@@ -5,6 +5,7 @@ Order matters: the last tests break the server and end it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import statistics
@@ -49,7 +50,18 @@ def expected(model: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def taken_port() -> Iterator[None]:
+    """What Ray Serve would take for a listener of its own belongs to another program."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # one has it already
+            held.enter_context(socket.create_server(("", 8500)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def server(
+    model: Path, tmp_path_factory: pytest.TempPathFactory, taken_port: None
+) -> Iterator[Server]:
     running = Server(model, tmp_path_factory.mktemp("server"), "pipeline_parallel=2")
     yield running
     if running.process.poll() is None:
