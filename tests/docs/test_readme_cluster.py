@@ -137,7 +137,7 @@ def test_serve_run_serves_until_it_is_interrupted(head: Head, tmp_path: Path) ->
     process = head.popen(command, tmp_path / "said")
     try:
         _wait_until("it answers", lambda: head.status("/v1/models") == 200, tmp_path / "said")
-        assert head.completion("my-model")
+        assert head.completion("./my-model")
     finally:
         os.killpg(process.pid, signal.SIGINT)
         process.wait(60)
