@@ -1,8 +1,8 @@
 """From `giantserve serve` to the first token over HTTP, the page cache dropped before.
 
-python bench/cold_start.py [--shape llama-14.5gb]
-    a Llama shape with 90 % on NVMe and a store that is packed: ours, one sequential read of the
-    store, and a Ray Serve that only says hello, in turns
+python bench/cold_start.py   the 2.2 GB Llama shape with 90 % on NVMe and a store that is packed:
+                             ours, one sequential read of the store, and a Ray Serve that only says
+                             hello, in turns
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from shapes import write_checkpoint
 
 from giantserve.free_ports import free_port
 
-DEVICE_MEMORY = {"llama-2.2gb": "700MiB", "llama-14.5gb": "2GiB"}
+SHAPE = "llama-2.2gb"
+DEVICE_MEMORY = "700MiB"
 TIMEOUT_S = 180.0
 HELLO = """
 import sys, ray, signal
@@ -94,17 +95,15 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(".bench"), help="where checkpoints are kept"
     )
-    parser.add_argument("--shape", choices=sorted(DEVICE_MEMORY), default="llama-2.2gb")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     folder = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    path = write_checkpoint(options.shape, folder)
-    nvme_dir = folder / ("nvme-big" if options.shape == "llama-14.5gb" else "nvme-cold")
+    path = write_checkpoint(SHAPE, folder)
+    nvme_dir = folder / "nvme-cold"
     port = free_port()
     serve = [sys.executable, "-m", "giantserve", "serve", str(path), f"--port={port}"]
-    serve += [f"--nvme-dir={nvme_dir}", f"--device-memory={DEVICE_MEMORY[options.shape]}"]
-    serve += ["--host-memory=0"]
+    serve += [f"--nvme-dir={nvme_dir}", f"--device-memory={DEVICE_MEMORY}", "--host-memory=0"]
     serve += ["--max-model-len=512", "--served-model-name=m"]
     print(header("Cold start"))
     first_answer(serve, port, "m")  # packs the store, and measures the machine

@@ -7,7 +7,7 @@ python bench/memory.py bytes     disk bytes a pass at 10, 50 and 90 % of the wei
                                  against the bytes that are not
 python bench/memory.py rotation  128 running sequences with device blocks for 8, the others' KV on
                                  the host or on NVMe, against all on the device and the roofline
-python bench/memory.py rotation-long  the same with long sequences and many KV heads: the link binds
+python bench/memory.py rotation-long  the same with long sequences and a KV head for each query head
 python bench/memory.py dtypes    KV on NVMe as it is, in int8 and in fp8: bytes and time of a pass,
                                  and how far the tokens' log-probabilities are off
 python bench/memory.py prefix    the first token after a cached prefix of 2,000 tokens whose KV lies

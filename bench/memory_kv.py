@@ -77,7 +77,7 @@ def rotation(folder: Path, rounds: int) -> None:
 
 
 def rotation_long(folder: Path, rounds: int) -> None:
-    """Where the link binds: longer sequences, and a KV head for each query head."""
+    """Where KV is most of a pass: longer sequences, and a KV head for each query head."""
     _rotation(folder, rounds, LONG_SHAPE, LONG_PROMPT_TOKENS)
 
 

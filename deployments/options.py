@@ -9,6 +9,7 @@ from typing import Any
 
 from giantserve.config import EngineConfig
 from giantserve.options import (
+    DEFAULT_MAX_BODY_BYTES,
     ENGINE_OPTIONS,
     engine_config,
     parse_float,
@@ -35,7 +36,7 @@ class DeploymentOptions:
     cpus_per_shard: float = 0.5
     gpus_per_shard: float | None = None
     max_ongoing_requests: int = 4096
-    max_body_bytes: int = 4 * 2**20
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     api_key: str | None = field(default=None, repr=False)
     health_check_period_s: float = 2.0
     health_check_timeout_s: float = 60.0

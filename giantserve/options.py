@@ -14,6 +14,9 @@ from giantserve.config import EngineConfig
 from giantserve.errors import ConfigError
 from giantserve.units import parse_bytes
 
+DEFAULT_MAX_BODY_BYTES = 4 * 2**20
+"""Of a request over HTTP."""
+
 _TRUE = frozenset({"true", "yes", "1", "on"})
 _FALSE = frozenset({"false", "no", "0", "off"})
 

@@ -30,6 +30,7 @@ from giantserve.api.prompts import chat_prompt, completion_prompts, remaining_to
 from giantserve.api.protocol import ChatCompletionRequest, CompletionRequest, SamplingFields
 from giantserve.api.sse import CLIENT_GONE_STATUS, DONE, EventStream
 from giantserve.errors import GiantserveError, ModelNotFoundError
+from giantserve.options import DEFAULT_MAX_BODY_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def create_app(
     engine: ServingEngine | Callable[[], ServingEngine],
     *,
     api_key: str | None = None,
-    max_body_bytes: int = 4 * 2**20,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     metrics: Metrics | None = None,
 ) -> FastAPI:
     """The OpenAI-compatible app. ``engine`` may be a getter, asked once a request.
