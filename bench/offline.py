@@ -78,7 +78,7 @@ def resident(folder: Path, rounds: int) -> None:
     print(header("Offline decode, all resident"))
     print("| batch | ours tok/s | transformers tok/s | ratio | prefill s | transformers s |")
     print("|---|---|---|---|---|---|")
-    with LLM(path, nvme_dir=folder / "nvme", max_model_len=512) as llm:
+    with LLM(path, max_model_len=512) as llm:
         for batch in (1, 8, 32):
             decode_rate(llm, batch)
             transformers_rate(model, batch)

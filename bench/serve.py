@@ -158,7 +158,7 @@ def start_server(model: Path, port: int) -> subprocess.Popen[str]:
     options = [f"{name}={value}" for name, value in OPTIONS.items()]
     command = [sys.executable, "-m", "deployments", str(model), f"--port={port}"]
     process = subprocess.Popen(
-        [*command, f"served_model_name={SHAPE}", f"nvme_dir={model}-nvme", *options],
+        [*command, f"served_model_name={SHAPE}", *options],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -244,7 +244,7 @@ def main() -> None:
         port = int(listener.getsockname()[1])
     server = start_server(model, port)
     try:
-        options = {**OPTIONS, "model": str(model), "nvme_dir": f"{model}-nvme"}
+        options = {**OPTIONS, "model": str(model)}
         engine = AsyncEngine(engine_config(options))
         body = asyncio.run(_run(engine, server.pid, port, arguments.rounds))
     finally:

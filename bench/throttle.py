@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 V1 = Path("/sys/fs/cgroup/blkio")
 V2 = Path("/sys/fs/cgroup")
+REMOVAL_TIMEOUT_S = 10.0
 
 
 class Throttle:
-    """Limits what ``pid`` reads from the disk of ``folder`` to ``bytes_per_s``, until it is closed.
+    """Limits what ``pid``, and what it starts from then on, read from the disk of ``folder`` to
+    ``bytes_per_s``, until it is closed.
 
     Raises OSError where this user may not, or the kernel has no such controller.
     """
@@ -21,26 +25,30 @@ class Throttle:
         device = os.stat(folder).st_dev
         disk = f"{os.major(device)}:{os.minor(device)}"
         on_v1 = (V1 / "blkio.throttle.read_bps_device").exists()
-        root = V1 if on_v1 else V2
-        self._root = root
-        self._pid = pid
-        self._group = root / f"giantserve-bench-{os.getpid()}-{name}"
+        self._root = V1 if on_v1 else V2
+        self._group = self._root / f"giantserve-bench-{os.getpid()}-{name}"
         self._group.mkdir()
-        if on_v1:
-            (self._group / "blkio.throttle.read_bps_device").write_text(
-                f"{disk} {int(bytes_per_s)}"
-            )
-        else:
-            (self._group / "io.max").write_text(f"{disk} rbps={int(bytes_per_s)}")
+        self._limit = self._group / ("blkio.throttle.read_bps_device" if on_v1 else "io.max")
+        self._unlimited = f"{disk} 0" if on_v1 else f"{disk} rbps=max"
+        self._limit.write_text(f"{disk} {'' if on_v1 else 'rbps='}{int(bytes_per_s)}")
         (self._group / "cgroup.procs").write_text(str(pid))
 
     def close(self) -> None:
-        """Let the process read freely again. Idempotent."""
+        """Let the processes read freely again. Idempotent."""
         if not self._group.exists():
             return
-        if Path(f"/proc/{self._pid}").exists():
-            (self._root / "cgroup.procs").write_text(str(self._pid))
-        self._group.rmdir()
+        self._limit.write_text(self._unlimited)  # what waits goes on
+        give_up_s = time.monotonic() + REMOVAL_TIMEOUT_S
+        while True:
+            for pid in (self._group / "cgroup.procs").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    (self._root / "cgroup.procs").write_text(pid)
+            try:
+                return self._group.rmdir()
+            except OSError:  # a process that has been killed is in it for a moment
+                if time.monotonic() > give_up_s:
+                    raise
+            time.sleep(0.01)
 
     def __enter__(self) -> Self:
         return self

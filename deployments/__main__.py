@@ -24,7 +24,7 @@ from deployments.port import held_port
 from deployments.session import in_own_session
 from deployments.tuning import tune
 from giantserve.errors import ConfigError, EngineDeadError, GiantserveError
-from giantserve.executor.launcher import ENVIRONMENT_NAME, Launcher
+from giantserve.executor.launcher import ENVIRONMENT_NAME, Launcher, remove_dead
 from giantserve.planning import check
 from partition.errors import PlanError
 
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from ray import serve
 
 OBJECT_STORE_BYTES = 128 * 2**20
+FOLDER_PREFIX, SOCKET_NAME = "giantserve-", "launcher"
 READY_TIMEOUT_S = 60.0
+LOADING_PERIOD_S = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,8 +78,9 @@ def _key_values(pairs: Sequence[str]) -> dict[str, str]:
 @contextmanager
 def _launcher() -> Iterator[None]:
     """Forks what needs torch on this machine, of this server: it imports while Ray starts."""
-    with tempfile.TemporaryDirectory(prefix="giantserve-") as folder:
-        path = Path(folder) / "launcher"
+    remove_dead(Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*/{SOCKET_NAME}"))
+    with tempfile.TemporaryDirectory(prefix=FOLDER_PREFIX) as folder:
+        path = Path(folder) / SOCKET_NAME
         with closing(Launcher(listen=path)):
             os.environ[ENVIRONMENT_NAME] = str(path)
             yield
@@ -107,6 +110,8 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
         url = f"http://{_reachable(arguments.host)}:{arguments.port}"
         _wait_until_routed(url)
         print(f"ready: {url}/v1 after {time.monotonic() - started_s:.1f} s", flush=True)
+        _wait_until_loaded(app._bound_deployment.num_replicas or 1)
+        print(f"loaded after {time.monotonic() - started_s:.1f} s", flush=True)
         while True:
             signal.pause()
     finally:
@@ -177,8 +182,9 @@ def _run(app: serve.Application) -> None:
     from ray import serve
 
     from deployments.app import APP_NAME
-    from deployments.loading import shown_loading
+    from deployments.loading import forget_loading, shown_loading
 
+    forget_loading()
     try:
         with shown_loading():
             serve.run(app, name=APP_NAME, route_prefix="/")
@@ -206,6 +212,15 @@ def _wait_until_routed(url: str) -> None:
             return
         time.sleep(0.05)
     raise EngineDeadError(f"{url} does not answer within {READY_TIMEOUT_S:.0f} s")
+
+
+def _wait_until_loaded(num_replicas: int) -> None:
+    """Requests are served meanwhile. Raises EngineDeadError where a load fails."""
+    from deployments.loading import read_loading, shown_loading
+
+    with shown_loading():
+        while read_loading().num_loaded < num_replicas:
+            time.sleep(LOADING_PERIOD_S)
 
 
 def _num_cpus(app: serve.Application) -> int:

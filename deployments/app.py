@@ -16,6 +16,7 @@ from deployments.placement import bundles
 from deployments.replica import PlannedOn, Replica
 from giantserve.config import EngineConfig
 from giantserve.planning import resolve
+from giantserve.tier_check import check_asked
 from partition.calibration import machine_name
 
 APP_NAME = "giantserve"
@@ -35,6 +36,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     config = _anywhere(replace(config, executor="ray"))
     resolution = resolve(config)
     plan = resolution.plan
+    check_asked(config, plan)
     logger.info("plan: %s", " ".join(plan.reason.split()))
     config = replace(
         config,

@@ -22,6 +22,7 @@ from partition.calibration import machine_name
 
 STATS_PERIOD_S = 5.0
 TOKEN_PERIOD_S = 30.0
+PROBE_WAIT_S = 1.0
 
 logger = logging.getLogger("ray.serve")
 
@@ -42,24 +43,28 @@ class Replica:
     def __init__(
         self, config: EngineConfig, options: DeploymentOptions, planned: PlannedOn
     ) -> None:
-        """Load the model; returns when the engine can answer. Raises what the engine raises."""
+        """Start the engine; returns when it takes requests, while the rest of the weights load.
+        Raises what the engine raises."""
         from giantserve.async_engine import AsyncEngine
 
         self._options = options
-        loading = LoadingReport(serve.get_replica_context().replica_id.unique_id)
+        self._loading = LoadingReport(serve.get_replica_context().replica_id.to_full_id_str())
         try:
             resolution = planned.resolution if planned.machine == machine_name() else None
-            self._engine = AsyncEngine(config, resolution=resolution, on_progress=loading)
-        finally:
-            loading.close()
+            self._engine = AsyncEngine(config, resolution=resolution, on_progress=self._loading)
+        except BaseException:
+            self._loading.close()
+            raise
         self._metrics = RayMetrics(self._engine.model_name)
-        self._reporting: asyncio.Task[None] | None = None
-        self._last_token_s = time.monotonic()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._probe: asyncio.Task[None] | None = None
+        self._probed_s = time.monotonic()
         reason = " ".join(self._engine.plan.reason.split())
         logger.info("serving %s: %s", self._engine.model_name, reason)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        self._reporting = asyncio.get_running_loop().create_task(self._report())
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._report()), loop.create_task(self._watch_load())]
         return create_app(
             self._engine,
             api_key=self._options.api_key,
@@ -71,13 +76,19 @@ class Replica:
         """Serve replaces a replica that cannot make a token.
 
         A dead engine is found at every check; a real token is asked for less often, since with
-        weights on a disk it costs a pass over all of them.
+        weights on a disk it costs a pass over all of them. It may take longer than a check, as
+        long as the pass gets on.
         """
         if self._engine.failure is not None:
             raise EngineDeadError(str(self._engine.failure))
-        if time.monotonic() - self._last_token_s >= TOKEN_PERIOD_S:
-            await self._engine.check_health()
-            self._last_token_s = time.monotonic()
+        if self._probe is None and time.monotonic() - self._probed_s >= TOKEN_PERIOD_S:
+            self._probe = asyncio.create_task(self._engine.check_health())
+        if self._probe is not None:
+            done, _ = await asyncio.wait({self._probe}, timeout=PROBE_WAIT_S)
+            if done:
+                probe, self._probe = self._probe, None
+                self._probed_s = time.monotonic()
+                probe.result()
 
     async def stats(self) -> dict[str, Any]:
         """The engine's statistics, through a Serve handle."""
@@ -88,8 +99,19 @@ class Replica:
             self._metrics.engine_stats(await self._engine.stats())
             await asyncio.sleep(STATS_PERIOD_S)
 
+    async def _watch_load(self) -> None:
+        """Say that the load is over, or what it failed with."""
+        try:
+            await self._engine.wait_until_loaded()
+        except Exception as error:
+            logger.exception("the model did not load")
+            self._loading.fail(error)
+        else:
+            self._loading.finish()
+
     async def __del__(self) -> None:
         """Serve calls this after the replica has drained."""
-        if self._reporting is not None:
-            self._reporting.cancel()
+        for task in (*self._tasks, *([self._probe] if self._probe else [])):
+            task.cancel()
         await self._engine.close()
+        self._loading.close()

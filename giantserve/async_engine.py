@@ -10,7 +10,7 @@ from typing import Any
 
 from giantserve.config import EngineConfig
 from giantserve.engine import Engine
-from giantserve.errors import EngineDeadError, GiantserveError
+from giantserve.errors import EngineDeadError, GiantserveError, QueueFullError
 from giantserve.executor.launcher import Launcher
 from giantserve.executor.messages import LoadProgress
 from giantserve.outputs import StreamDelta
@@ -19,12 +19,13 @@ from giantserve.sampling_params import SamplingParams
 from giantserve.tokenizer import Tokenizer
 from partition.plan import PartitionPlan
 
-HEALTH_TIMEOUT_S = 60.0
+STALL_TIMEOUT_S = 60.0
+STALL_CHECK_PERIOD_S = 1.0
 Item = StreamDelta | GiantserveError
 
 
 class AsyncEngine:
-    """Wraps an `Engine`. Construction blocks until the model is loaded.
+    """Wraps an `Engine`. Requests are taken while the rest of the model loads.
 
     The deltas of one pass reach the event loop in one wake-up, however many requests they belong
     to, and while the next pass runs.
@@ -127,19 +128,30 @@ class AsyncEngine:
                 loop.call_soon_threadsafe(_deliver, items)
         self._outbox.clear()
 
+    async def wait_until_loaded(self) -> None:
+        """See `Engine.wait_until_loaded`."""
+        await asyncio.to_thread(self._engine.wait_until_loaded)
+
     async def check_health(self) -> None:
-        """Generate one token; raises EngineDeadError where none comes back."""
+        """Generate one token, however long a pass takes; raises EngineDeadError where passes do
+        not get on for `STALL_TIMEOUT_S`."""
+        token = asyncio.ensure_future(self._one_token())
+        try:
+            while not (await asyncio.wait({token}, timeout=STALL_CHECK_PERIOD_S))[0]:
+                if self._engine.stalled_s > STALL_TIMEOUT_S:
+                    raise EngineDeadError(f"no layer ended within {STALL_TIMEOUT_S:.0f} s")
+            token.result()
+        finally:
+            token.cancel()
+
+    async def _one_token(self) -> None:
         if self._engine.failure is not None:
             raise EngineDeadError(str(self._engine.failure))
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                async for _ in self.generate(
-                    [0], params, request_id=f"health-{secrets.token_hex(8)}", priority=1
-                ):
-                    pass
-        except TimeoutError:
-            raise EngineDeadError(f"no token came back within {HEALTH_TIMEOUT_S:.0f} s") from None
+        request_id = f"health-{secrets.token_hex(8)}"
+        with contextlib.suppress(QueueFullError):  # it has enough to do, and stalls or does not
+            async for _ in self.generate([0], params, request_id=request_id, priority=1):
+                pass
 
     async def stats(self) -> dict[str, Any]:
         """See `Engine.stats`."""

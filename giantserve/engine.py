@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import pickle
 import queue
@@ -11,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 from giantserve.config import EngineConfig
@@ -28,65 +26,29 @@ from giantserve.executor.base import Executor
 from giantserve.executor.launcher import Launcher, run_beside
 from giantserve.executor.messages import LoadProgress
 from giantserve.executor.select import make_executor
-from giantserve.outputs import StreamDelta, Usage
+from giantserve.open_requests import OpenRequests, Sink, Submission
 from giantserve.planning import Resolution, resolve
-from giantserve.request import Request
 from giantserve.sampling_params import SamplingParams
 from giantserve.scheduler import Scheduler, SchedulerConfig
-from giantserve.sequence_output import SequenceOutput
 from giantserve.step import StepResult
+from giantserve.tier_check import check_asked, check_held
 from giantserve.tokenizer import Tokenizer, load_tokenizer
 from giantserve.trace_file import write_trace
 from kvcache.block_pool import BlockPool
 from kvcache.eviction import NextRequests
 from kvcache.tier import Tier
+from partition.byte_size import format_bytes
 from partition.plan import PartitionPlan
 
 logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_S = 60.0
-Sink = Callable[[StreamDelta | GiantserveError], None]
-"""Takes a request's deltas in order, called from the engine's thread; an error is the last thing it
-takes."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Choice:
-    """One sequence of a request."""
-
-    request: Request
-    output: SequenceOutput
-    prompt_logprobs: list[Any] | None
-    index: int
-
-
-@dataclass(slots=True, kw_only=True)
-class _Ticket:
-    """A request as the engine tracks it until its last choice ends."""
-
-    request_id: str
-    sink: Sink
-    choices: dict[int, _Choice] = field(default_factory=dict)
-    completion_tokens: int = 0
+BUSY_TIMEOUT_S = 2.0
 
 
 def _run_all(actions: Sequence[Callable[[], None]]) -> None:
     for action in actions:
         action()
-
-
-def unused_tiers(config: EngineConfig, plan: PartitionPlan) -> list[str]:
-    """A line for each tier that was asked for and holds nothing: an offload that silently does
-    nothing is worse than none."""
-    asked = {
-        Tier.HOST: ("host_memory", config.host_memory),
-        Tier.NVME: ("nvme_dir", config.nvme_dir),
-    }
-    return [
-        f"{option} is {value}, but nothing lies on the {tier.value} tier: the plan does without it"
-        for tier, (option, value) in asked.items()
-        if value and not sum(shard.used_bytes(tier) for shard in plan.shards)
-    ]
 
 
 def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
@@ -102,8 +64,10 @@ def _load_tokenizer(config: EngineConfig) -> Tokenizer | None:
 
 
 class Engine:
-    """Runs one replica. Construction blocks until the model is loaded; `close` ends it.
+    """Runs one replica; `close` ends it.
 
+    Construction returns when the shards take passes. What of their weights stays in memory may
+    still be on its way there: passes wait for it, `wait_until_loaded` for all of it.
     ``plan`` is run in place of the planner's own; ``resolution`` is what `resolve` answers, where
     it was asked before; ``launcher`` starts the workers and outlives the engine. `submit` and
     `abort` may be called from any thread. ``flush`` is called from the engine's thread once the
@@ -130,8 +94,8 @@ class Engine:
                 f"prefix_memory is {config.prefix_memory} bytes, but no block of KV can be kept: "
                 "that takes prefix caching and room for a block; raise it or leave it out"
             )
-        for line in unused_tiers(config, self.plan):
-            logger.info("%s", line)
+        if plan is None:
+            check_asked(config, self.plan)
         self.end_token_ids = tuple(sorted(read_end_token_ids(config.model)))
         self._pool = BlockPool(
             self.plan.num_device_blocks,
@@ -164,14 +128,20 @@ class Engine:
             self._executor.close()
             raise
         self._pool.adopt(self._executor.kept)
-        self._ids = itertools.count(1)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._held = threading.local()
-        self._tickets: dict[str, _Ticket] = {}
-        self._by_sequence: dict[int, _Ticket] = {}
+        self._open = OpenRequests(
+            tokenizer=self.tokenizer,
+            end_token_ids=self.end_token_ids,
+            max_model_len=self.max_model_len,
+            seed=config.seed,
+        )
         self._in_flight = 0
         self._flush = flush
         self._failure: GiantserveError | None = None
+        self._cause: Exception | None = None
+        self._loaded = threading.Event()
+        self._busy_since_s = time.monotonic()
         self._stopping = False
         self.counters = EngineStats(resolution.bandwidths)
         self._asking: list[queue.SimpleQueue[dict[str, Any] | GiantserveError]] = []
@@ -190,6 +160,20 @@ class Engine:
         return self.plan.max_model_len
 
     # Called from any thread
+
+    def wait_until_loaded(self) -> None:
+        """Until all weights are on their tiers. Raises what the load failed with,
+        EngineDeadError where a tier of the plan holds nothing."""
+        self._loaded.wait()
+        if self._cause is not None:
+            raise self._cause
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long no shard has got on with the passes under way; 0 where there are none."""
+        if not self._in_flight:
+            return 0.0
+        return time.monotonic() - max(self._busy_since_s, self._executor.heard_s)
 
     def submit(
         self,
@@ -214,19 +198,17 @@ class Engine:
             raise InvalidRequestError(
                 f"token id {outside[0]} is outside the vocabulary of {self.profile.vocab_size}"
             )
-        arrival = time.monotonic()
-        self._enqueue(
-            lambda: self._admit(
-                request_id,
-                tuple(prompt_token_ids),
-                params,
-                sink,
-                tenant,
-                priority,
-                arrival,
-                deadline_s,
-            )
+        given = Submission(
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt_token_ids),
+            params=params,
+            sink=sink,
+            tenant=tenant,
+            priority=priority,
+            arrival_s=time.monotonic(),
+            deadline_s=deadline_s,
         )
+        self._enqueue(lambda: self._admit(given))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -247,15 +229,21 @@ class Engine:
 
     def stats(self, timeout_s: float = 10.0) -> dict[str, Any]:
         """Plain data on queues, KV blocks, tokens, and bytes by tier and direction on every
-        shard."""
+        shard; of the shards as they last told, where a pass keeps them longer than
+        `BUSY_TIMEOUT_S`."""
         if self._failure is not None:
             raise EngineDeadError(str(self._failure))
         answer: queue.SimpleQueue[dict[str, Any] | GiantserveError] = queue.SimpleQueue()
         self._enqueue(lambda: self._collect(answer))
         try:
-            values = answer.get(timeout=timeout_s)
+            values = answer.get(timeout=min(timeout_s, BUSY_TIMEOUT_S))
         except queue.Empty:
-            raise EngineDeadError(f"the engine did not answer within {timeout_s:.0f} s") from None
+            self._enqueue(lambda: self._answer_if_busy(answer))
+            try:
+                values = answer.get(timeout=timeout_s)
+            except queue.Empty:
+                why = f"the engine did not answer within {timeout_s:.0f} s"
+                raise EngineDeadError(why) from None
         if isinstance(values, GiantserveError):
             raise values
         return values
@@ -297,6 +285,7 @@ class Engine:
                 for result in self._executor.results(None if self._in_flight else IDLE_TIMEOUT_S):
                     self._in_flight -= 1
                     self._take(result)
+                self._note_load()
                 self._fail_expired()
                 self._fail_lost()
                 self._answer_stats()
@@ -306,7 +295,17 @@ class Engine:
             self._end(error)
         except Exception as error:
             logger.exception("the engine failed")
-            self._end(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
+            what = f"the engine failed: {type(error).__name__}: {error}"
+            self._end(EngineDeadError(what), cause=error)
+
+    def _note_load(self) -> None:
+        used = self._executor.used_bytes
+        if used is None or self._loaded.is_set():
+            return
+        check_held(self.plan, used)
+        held = ", ".join(f"{tier.value} {format_bytes(used[tier])}" for tier in Tier)
+        logger.info("loaded: %s", held)
+        self._loaded.set()
 
     def _keep_prefixes(self) -> None:
         """Leave cached KV to a later engine, if the config says so."""
@@ -316,7 +315,7 @@ class Engine:
             for result in self._executor.results(None):
                 self._in_flight -= 1
                 self._take(result)
-        for seq_id in self._by_sequence:
+        for seq_id in self._open:
             self._scheduler.abort(seq_id)
         plan = self.plan
         hashes = self._pool.keep(plan.num_device_blocks + plan.num_rotating_host_blocks)
@@ -333,153 +332,72 @@ class Engine:
     def _fill_pipeline(self) -> None:
         while (plan := self._scheduler.schedule()) is not None:
             self._executor.submit(plan)
+            if not self._in_flight:
+                self._busy_since_s = time.monotonic()
             self.counters.passes += bool(plan.chunks)  # one without only tells what to drop
             self._in_flight += 1
 
-    def _admit(
-        self,
-        request_id: str,
-        prompt: tuple[int, ...],
-        params: SamplingParams,
-        sink: Sink,
-        tenant: str,
-        priority: int,
-        arrival_s: float,
-        deadline_s: float | None,
-    ) -> None:
-        ticket = _Ticket(request_id=request_id, sink=sink)
+    def _admit(self, given: Submission) -> None:
         try:
-            if request_id in self._tickets:
-                raise InvalidRequestError(f"a request with id {request_id} is running already")
-            for index in range(params.n):
-                seq_id = next(self._ids)
-                seed = params.seed if params.seed is not None else self._fresh_seed(seq_id)
-                request = Request(
-                    seq_id=seq_id,
-                    request_id=request_id,
-                    prompt_token_ids=prompt,
-                    sampling=params,
-                    seed=seed + index,
-                    tenant=tenant,
-                    priority=priority,
-                    arrival_s=arrival_s,
-                    deadline=None if deadline_s is None else arrival_s + deadline_s,
-                    end_token_ids=self._end_ids(params),
-                )
-                output = SequenceOutput(
-                    index=index,
-                    params=params,
-                    tokenizer=self.tokenizer,
-                    prompt_len=len(prompt),
-                    max_model_len=self.max_model_len,
-                    end_token_ids=self.end_token_ids,
-                )
-                self._scheduler.add(request)
-                ticket.choices[seq_id] = _Choice(
-                    request=request,
-                    output=output,
-                    index=index,
-                    prompt_logprobs=[None] if params.prompt_logprobs is not None else None,
-                )
+            requests = self._open.open(given)
         except GiantserveError as error:
-            for seq_id in ticket.choices:
-                self._scheduler.abort(seq_id)
-            sink(error)
+            given.sink(error)
             return
-        self._tickets[request_id] = ticket
-        self._by_sequence.update(dict.fromkeys(ticket.choices, ticket))
+        try:
+            for request in requests:
+                self._scheduler.add(request)
+        except GiantserveError as error:
+            self._drop(given.request_id)
+            given.sink(error)
+            return
         self.counters.requests += 1
 
-    def _fresh_seed(self, seq_id: int) -> int:
-        return self.config.seed * 1_000_003 + seq_id * 7919 + time.time_ns() % 1_000_000_007
-
-    def _end_ids(self, params: SamplingParams) -> tuple[int, ...]:
-        """The tokens that would end the sequence, and are barred until ``min_tokens``."""
-        model = () if params.ignore_eos else self.end_token_ids
-        return tuple({*model, *params.stop_token_ids})
+    def _drop(self, request_id: str) -> bool:
+        """Give a request up and free its blocks; whether it was open."""
+        sequences = self._open.forget(request_id)
+        for seq_id in sequences:
+            self._scheduler.abort(seq_id)
+        return bool(sequences)
 
     def _abort(self, request_id: str) -> None:
-        ticket = self._tickets.pop(request_id, None)
-        if ticket is None:
-            return
-        for seq_id in ticket.choices:
-            self._by_sequence.pop(seq_id, None)
-            self._scheduler.abort(seq_id)
-        self.counters.aborted += 1
+        self.counters.aborted += self._drop(request_id)
 
     def _take(self, result: StepResult) -> None:
         sampled = {token.seq_id: token.token_id for token in result.tokens}
         plan = self._scheduler.on_result(result.step_id, sampled, result.lost)
         starts = {chunk.seq_id: chunk.start for chunk in reversed(plan.chunks)}
         for seq_id, logprobs in result.prompt_logprobs.items():
-            ticket = self._by_sequence.get(seq_id)
-            if ticket is not None:
-                known = ticket.choices[seq_id].prompt_logprobs
-                assert known is not None
-                # a prompt that was preempted half-way comes by again
-                known[starts[seq_id] + 1 :] = logprobs
+            self._open.take_prompt_logprobs(seq_id, starts[seq_id], logprobs)
         for token in result.tokens:
-            ticket = self._by_sequence.get(token.seq_id)
-            if ticket is None:
+            num_tokens = self._open.num_tokens(token.seq_id)
+            if num_tokens is None:
                 continue  # aborted while the pass ran
-            choice = ticket.choices[token.seq_id]
-            if not self._scheduler.took(token.seq_id, choice.output.num_tokens):
+            if not self._scheduler.took(token.seq_id, num_tokens):
                 continue  # computed from KV that was lost
-            first = choice.output.num_tokens == 0
-            increment = choice.output.append(token.token_id, token.logprobs)
-            ticket.completion_tokens += 1
             self.counters.tokens += 1
-            usage = None
-            if increment.finish_reason is not None:
+            sink, delta = self._open.take(token)
+            if delta.finish_reason is not None:
                 self._scheduler.finish(token.seq_id)
-                usage = self._retire(ticket, choice)
-            ticket.sink(
-                StreamDelta(
-                    request_id=ticket.request_id,
-                    index=choice.index,
-                    text=increment.text,
-                    token_ids=increment.token_ids,
-                    logprobs=increment.logprobs,
-                    prompt_logprobs=tuple(choice.prompt_logprobs)
-                    if first and choice.prompt_logprobs is not None
-                    else None,
-                    finish_reason=increment.finish_reason,
-                    stop_reason=increment.stop_reason,
-                    usage=usage,
-                )
-            )
-
-    def _retire(self, ticket: _Ticket, choice: _Choice) -> Usage | None:
-        """Forget a finished choice; the usage of the whole request with the last one."""
-        seq_id = choice.request.seq_id
-        del self._by_sequence[seq_id], ticket.choices[seq_id]
-        if ticket.choices:
-            return None
-        del self._tickets[ticket.request_id]
-        return Usage(
-            prompt_tokens=len(choice.request.prompt_token_ids),
-            completion_tokens=ticket.completion_tokens,
-            cached_tokens=choice.request.num_cached_tokens,
-        )
+            sink(delta)
 
     def _fail_lost(self) -> None:
         for request in self._scheduler.given_up():
-            ticket = self._tickets.get(request.request_id)
-            if ticket is not None:
-                self._abort(ticket.request_id)
-                ticket.sink(
-                    KVLostError(
-                        f"the KV of the request was lost {request.num_losses} times; check the "
-                        "disk under nvme_dir, or keep KV off it"
-                    )
-                )
+            why = (
+                f"the KV of the request was lost {request.num_losses} times; check the disk under "
+                "nvme_dir, or keep KV off it"
+            )
+            self._fail(request.request_id, KVLostError(why))
 
     def _fail_expired(self) -> None:
         for request in self._scheduler.expired():
-            ticket = self._tickets.get(request.request_id)
-            if ticket is not None:
-                self._abort(ticket.request_id)
-                ticket.sink(EngineDeadError("the request's deadline passed while it waited"))
+            why = "the request's deadline passed while it waited"
+            self._fail(request.request_id, EngineDeadError(why))
+
+    def _fail(self, request_id: str, error: GiantserveError) -> None:
+        sink = self._open.sink(request_id)
+        if sink is not None:
+            self._abort(request_id)
+            sink(error)
 
     def _collect(self, answer: queue.SimpleQueue[dict[str, Any] | GiantserveError]) -> None:
         self._asking.append(answer)
@@ -495,16 +413,22 @@ class Engine:
             answer.put(values)
         self._asking.clear()
 
-    def _end(self, error: GiantserveError) -> None:
+    def _answer_if_busy(self, answer: queue.SimpleQueue[dict[str, Any] | GiantserveError]) -> None:
+        """Where the shards come to it only after the passes under way, with what they last told."""
+        if self._in_flight:
+            shards = self._executor.known_stats
+            answer.put(self.counters.snapshot(self._scheduler, self._pool, shards))
+
+    def _end(self, error: GiantserveError, cause: Exception | None = None) -> None:
         """Nothing more will run: tell everyone who waits."""
         with self._ending:
             self._failure = error
+        if not self._loaded.is_set():
+            self._cause = cause or error
+            self._loaded.set()
         self._drain_inbox()
-        for ticket in self._tickets.values():
-            ticket.sink(EngineDeadError(str(error)))
+        self._open.fail_all(EngineDeadError(str(error)))
         for answer in self._asking:
             answer.put(EngineDeadError(str(error)))
-        self._tickets.clear()
-        self._by_sequence.clear()
         self._flush()
         self._executor.close()

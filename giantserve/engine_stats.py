@@ -30,9 +30,9 @@ class EngineStats:
 
         ``roofline_fraction`` compares the time that the bytes moved must have taken at the measured
         bandwidths, on the link that limits, with the time that the passes took; of the busiest
-        shard.
+        shard. ``shards`` is empty while none has told its counters.
         """
-        busiest = max(shards.values(), key=lambda shard: shard["busy_s"])
+        busiest = max(shards.values(), key=lambda shard: shard["busy_s"], default=None)
         return {
             "uptime_s": time.monotonic() - self.started_s,
             "requests": self.requests,
@@ -56,7 +56,7 @@ class EngineStats:
                 "host_blocks": pool.num_host_blocks,
                 "host_blocks_free": pool.num_free_host_blocks,
             },
-            "roofline_fraction": self._roofline_fraction(busiest),
+            "roofline_fraction": self._roofline_fraction(busiest) if busiest else 0.0,
             "shards": [shards[rank] for rank in sorted(shards)],
         }
 

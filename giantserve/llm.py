@@ -65,6 +65,11 @@ class LLM:
         )
         _show_log()
         self._engine = Engine(config, plan=plan, on_progress=on_progress, launcher=launcher)
+        try:
+            self._engine.wait_until_loaded()
+        except BaseException:
+            self._engine.close()
+            raise
         self._calls = itertools.count(1)
 
     @property

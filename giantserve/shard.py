@@ -93,11 +93,8 @@ class Shard:
         )
         self._rotation = self._make_rotation(spec, f"{source.key}-kv-{plan.kv_storage_dtype}")
         self._activations = self._make_activations(spec)
+        self._is_exact = spec.exact_attention
         self._weights = self._load_weights(source, progress)
-        resident = {p.unit for p in self._shard.placements if p.tier is Tier.DEVICE}
-        self._model.attach(
-            self._weights, self._kv, resident, self.device_arena, self._rotation, self._trace
-        )
         self._sampler = Sampler()
         self._sequences: dict[int, _Sequence] = {}
         self._lost: set[CachedBlock] = set()
@@ -148,7 +145,7 @@ class Shard:
         return self._hidden_size * itemsize
 
     def _load_weights(self, source: ShardWeights, progress: Progress) -> WeightManager:
-        total = sum(p.num_bytes for p in self._shard.placements)
+        total = sum(unit.num_bytes for unit in source.layouts)
         done = 0
 
         def advance(num_bytes: int) -> None:
@@ -167,8 +164,41 @@ class Shard:
             store=source.open_store(),
             trace=self._trace,
         )
-        weights.load(source.fill, advance)
+        resident = {p.unit for p in self._shard.placements if p.tier is Tier.DEVICE}
+        self._model.attach(
+            weights,
+            self._kv,
+            resident,
+            self._rotation,
+            self._trace,
+            exact_attention=self._is_exact,
+        )
+        weights.load(
+            source.fill,
+            advance,
+            first=self._model.units_bound_first,
+            arrived=partial(self._model.take_resident, arena=self.device_arena),
+        )
         return weights
+
+    def wait_until_loaded(self) -> None:
+        """Until all weights are on their tiers: passes run before, and wait for the units they
+        need. Raises what the load failed with, StoreError once closed."""
+        self._weights.wait_until_loaded()
+
+    def used_bytes(self) -> dict[Tier, int]:
+        """What it holds on each tier."""
+        on_disk = (self._weights, self._rotation, self._activations)
+        return {
+            Tier.DEVICE: self.device_arena.used_bytes,
+            Tier.HOST: self.host_arena.used_bytes,
+            Tier.NVME: sum(each.nvme_bytes for each in on_disk if each is not None),
+        }
+
+    @property
+    def layers_run(self) -> int:
+        """How many layers were called so far: grows while a pass gets on."""
+        return self._model.layers_run
 
     @torch.no_grad()
     def run(self, plan: StepPlan) -> StepResult | None:
@@ -259,12 +289,19 @@ class Shard:
                     start=chunk.start,
                     length=len(chunk.token_ids),
                     block_ids=sequence.block_ids,
+                    whole=self._whole(sequence, chunk),
                 )
             )
         rows, spans = self._logit_rows(chunks)
         return PassSlice(
             inputs=partial(self._inputs, chunks), specs=specs, logit_rows=rows, spans=spans
         )
+
+    def _whole(self, sequence: _Sequence, chunk: SequenceChunk) -> int | None:
+        """The length of the prompt, where ``chunk`` is to have the bits that it has as part of
+        it."""
+        length = len(sequence.new.prompt_token_ids)
+        return length if self._is_exact and chunk.start + len(chunk.token_ids) <= length else None
 
     def _inputs(self, chunks: Sequence[SequenceChunk]) -> torch.Tensor:
         """Token ids, or what the previous stage made of them."""

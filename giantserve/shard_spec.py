@@ -12,7 +12,7 @@ from partition.plan import PartitionPlan
 class ShardSpec:
     """Rank ``rank`` of ``plan``. ``nvme_dir`` holds the shard store; ``device`` is a torch
     device. ``trace``: it keeps spans of what it does. ``keeps_prefixes``: cached KV on NVMe
-    outlives it."""
+    outlives it. ``exact_attention``: as in `EngineConfig`."""
 
     plan: PartitionPlan
     rank: int
@@ -23,3 +23,4 @@ class ShardSpec:
     trace: bool = False
     keeps_prefixes: bool = False
     storage_backend: str = "posix"
+    exact_attention: bool = False

@@ -170,6 +170,11 @@ class ActivationStore:
         self._reset()
         return lost
 
+    @property
+    def nvme_bytes(self) -> int:
+        """What it takes of the disk."""
+        return 0 if self._file is None else self._file.num_bytes
+
     def close(self) -> None:
         """Give the disk space back. Idempotent."""
         if self._file is not None and self._backend is not None:

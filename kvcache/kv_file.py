@@ -68,6 +68,11 @@ class KVFile:
         """How the file lies, to tell an index of another layout by."""
         return f"{self._num_blocks} blocks of {self._piece_bytes}"
 
+    @property
+    def num_bytes(self) -> int:
+        """What the file takes of the disk."""
+        return self._file.num_bytes
+
     def kept(self) -> KeptIndex:
         """What an earlier process left here; nothing in a file without a name."""
         path = self._index or Path(os.devnull)

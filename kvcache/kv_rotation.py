@@ -221,6 +221,11 @@ class KVRotation:
             places = {block - self.first_nvme: found for block, found in hashes.items()}
             self._file.keep(KeptIndex(places, self._sums))
 
+    @property
+    def nvme_bytes(self) -> int:
+        """What it takes of the disk."""
+        return 0 if self._file is None else self._file.num_bytes
+
     def close(self) -> None:
         """Give the disk space back, unless it is kept. Idempotent."""
         if self._file is not None:

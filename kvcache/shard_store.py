@@ -140,6 +140,11 @@ class ShardStore:
             logger.warning("%s is read through the page cache: no O_DIRECT there", self.path)
         return packed
 
+    @property
+    def num_bytes(self) -> int:
+        """How long the file is; 0 before it is open."""
+        return 0 if self._file is None else self._file.num_bytes
+
     def submit(self, unit: str, buffer: torch.Tensor) -> Future[None]:
         """Start reading ``unit`` into ``buffer`` (uint8, exactly its size)."""
         stored = self._units[unit]

@@ -7,19 +7,21 @@ into the next.
 
 from __future__ import annotations
 
-import enum
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from kvcache.allocations import Allocations
 from kvcache.arena import ALIGNMENT, Arena
 from kvcache.errors import StoreError, TierFullError
 from kvcache.expert_reader import expert_extents, read_experts
+from kvcache.flight import Flight, FlightState
+from kvcache.resident_units import Arrived, Fill, ResidentUnits
 from kvcache.ring import Ring
 from kvcache.row_reader import RowReader
 from kvcache.shard_store import ShardStore
@@ -28,46 +30,10 @@ from kvcache.trace import Trace
 from kvcache.transfer_stats import Link, TransferStats
 from kvcache.unit_layout import TensorSlot, UnitLayout
 
-Fill = Callable[[UnitLayout, torch.Tensor], None]
-"""Writes a unit's tensors into its zeroed bytes (uint8, CPU)."""
-
 __all__ = ["Fill", "TensorSlot", "UnitLayout", "WeightManager"]
 
 _ATTEMPTS = 2
 _FROM_HOST = Link("weights", Tier.HOST, Tier.DEVICE)
-
-
-class _State(enum.Enum):
-    LOADING = enum.auto()
-    READY = enum.auto()
-    FAILED = enum.auto()
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """One unit on its way into the ring, or in it. ``staging`` is where its read lands, if not
-    there. ``missing`` are the experts that do not come with it."""
-
-    layout: UnitLayout
-    start: int
-    buffer: torch.Tensor
-    views: dict[str, torch.Tensor]
-    staging: torch.Tensor | None = None
-    staging_start: int = 0
-    state: _State = _State.LOADING
-    holders: int = 0
-    attempts: int = 0
-    begun_s: float = 0.0
-    dropped: bool = False
-    missing: set[int] = field(default_factory=set)
-    error: BaseException | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Of what comes before anyone asks for experts, in whole pages."""
-        if not self.missing:
-            return self.layout.num_bytes
-        return -(-self.layout.dense_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class WeightManager:
@@ -101,8 +67,8 @@ class WeightManager:
         self._tiers = {name: placements[name] for name in self._units}
         self._device = device
         self._on_cuda = device.type == "cuda"
-        self._device_arena = device_arena
-        self._host_arena = host_arena
+        self._memory = Allocations(device_arena, host_arena)
+        self._resident = ResidentUnits(units, self._tiers, self._memory, self._on_cuda)
         self._store = store
         self._order = [
             unit.name
@@ -114,14 +80,11 @@ class WeightManager:
         self._staging = Ring(self._staging_bytes() if self._on_cuda else 0)
         self._check_placements()
         self.transfers = TransferStats(trace)
-        self._resident: dict[str, dict[str, torch.Tensor]] = {}
-        self._host: dict[str, torch.Tensor] = {}
-        self._owned: list[tuple[Arena, torch.Tensor]] = []
         self._ring_bytes = torch.empty(0, dtype=torch.uint8)
         self._staging_memory = torch.empty(0, dtype=torch.uint8)
         self._rows: RowReader | None = None
         self._changed = threading.Condition()
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[str, Flight] = {}
         self._cursor = 0
         self._num_loading = 0
         self._closed = False
@@ -134,26 +97,54 @@ class WeightManager:
             self._copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._last_release: torch.cuda.Event | None = None
 
-    def load(self, fill: Fill, progress: Callable[[int], None] | None = None) -> None:
-        """Bring every unit to its tier and start to prefetch.
+    def load(
+        self,
+        fill: Fill,
+        progress: Callable[[int], None] = lambda num_bytes: None,
+        *,
+        first: Collection[str] = (),
+        arrived: Arrived = lambda unit, tensors: None,
+    ) -> None:
+        """Start to bring every unit to its tier, and to prefetch; `wait_until_loaded` waits for it.
 
-        NVMe units are written to the store unless it holds them already; the rest is filled in
-        place, or through a staging buffer of the host arena for a CUDA device. ``progress`` gets
-        each unit's bytes. Closes itself and raises what failed: TierFullError, StoreError, or
-        ``fill``'s own error.
+        NVMe units are written to the store before this returns, unless it holds them already. The
+        others are filled in a thread, those in ``first`` before this returns; whoever needs one
+        waits. ``progress`` gets each unit's bytes, ``arrived`` each unit that stays on the device,
+        before anyone acquires it. Closes itself and raises what failed: TierFullError, StoreError,
+        or ``fill``'s own error.
         """
         try:
             self._load_nvme(fill, progress)
-            self._load_resident(fill, progress)
             if self._order:
-                self._ring_bytes = self._allocate(self._device_arena, self._ring.capacity)
-            if self._staging.capacity:
-                self._staging_memory = self._allocate(self._host_arena, self._staging.capacity)
+                self._ring_bytes = self._memory.on_device(self._ring.capacity)
+            self._resident.load(
+                fill,
+                first=first,
+                arrived=arrived,
+                progress=progress,
+                changed=self._go_on,
+                then=self._allocate_staging,
+            )
         except BaseException:
             self.close()
             raise
         with self._changed:
             self._advance()
+
+    def wait_until_loaded(self) -> None:
+        """Until every unit is on its tier; raises what the load failed with, StoreError once
+        closed."""
+        self._resident.wait()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether every unit is on its tier."""
+        return self._resident.is_complete
+
+    @property
+    def nvme_bytes(self) -> int:
+        """What the weights take of the disk."""
+        return 0 if self._store is None else self._store.num_bytes
 
     def acquire(self, unit: str) -> dict[str, torch.Tensor]:
         """The unit's tensors on the device, by name; blocks until they are there.
@@ -163,14 +154,13 @@ class WeightManager:
         prefetch afresh from there. Raises StorageError or CorruptUnitError if the unit cannot be
         read, TierFullError if units that are held leave it no room in the ring.
         """
-        views = self._resident.get(unit)
-        if views is not None:
-            return views
+        if self._tiers.get(unit) is Tier.DEVICE:
+            return self._acquire_resident(unit)
         if unit not in self._index:
             raise ValueError(f"unit {unit} is not one that a pass acquires")
         with self._changed:
             flight = self._locate(unit)
-            while flight is None or flight.state is _State.LOADING:
+            while flight is None or flight.state is FlightState.LOADING:
                 started = time.perf_counter()
                 self._changed.wait()
                 self.transfers.add_stall(started, unit)
@@ -195,7 +185,7 @@ class WeightManager:
         if not wanted:
             return
         started = time.perf_counter()
-        source = self._host.get(unit)
+        source = self._resident.on_host(unit) if self._tiers[unit] is Tier.HOST else None
         link = self._read_link(flight) if source is None else _FROM_HOST
         num_bytes = 0
         self.transfers.begin(link)
@@ -215,7 +205,7 @@ class WeightManager:
     def release(self, unit: str) -> None:
         """The computation no longer needs the unit; its room may be reused. ValueError if not
         acquired."""
-        if unit in self._resident:
+        if self._tiers.get(unit) is Tier.DEVICE:
             return
         with self._changed:
             flight = self._flights.get(unit)
@@ -235,12 +225,14 @@ class WeightManager:
         exist.
         """
         slot = self._units[unit].slot(tensor)
-        if unit in self._resident:
-            return self._resident[unit][tensor].index_select(0, ids.to(self._device))
-        if unit in self._host:
+        if self._tiers[unit] is Tier.DEVICE:
+            tensors = self._acquire_resident(unit)
+            return tensors[tensor].index_select(0, ids.to(self._device))
+        if self._tiers[unit] is Tier.HOST:
+            matrix = slot.view(self._resident.on_host(unit))
             link = Link("rows", Tier.HOST, Tier.DEVICE)
             begun_s = self.transfers.begin(link)
-            rows = slot.view(self._host[unit]).index_select(0, ids.cpu()).to(self._device)
+            rows = matrix.index_select(0, ids.cpu()).to(self._device)
             self.transfers.end(link, rows.nbytes, begun_s, unit)
             return rows
         assert self._rows is not None, "the weights are not loaded"
@@ -271,6 +263,8 @@ class WeightManager:
                 return
             self._closed = True
             self._changed.notify_all()
+        self._resident.close()
+        with self._changed:
             self._changed.wait_for(lambda: self._num_loading == 0)
         self._copies.shutdown(wait=True)
         if self._rows is not None:
@@ -278,26 +272,21 @@ class WeightManager:
         if self._store is not None:
             self._store.close()
         self._flights.clear()
-        self._resident.clear()
-        self._host.clear()
-        for arena, buffer in self._owned:
-            arena.release(buffer)
-        self._owned.clear()
+        self._memory.close()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless ring, flights and arenas agree."""
         with self._changed:
             self._ring.check_integrity()
             self._staging.check_integrity()
-            loading = [f for f in self._flights.values() if f.state is _State.LOADING]
+            loading = [f for f in self._flights.values() if f.state is FlightState.LOADING]
             assert len(loading) <= self._num_loading
             assert self._ring.num_held >= len(self._flights)
             assert self._ring.num_held <= len(self._flights) + self._num_loading
             for name, flight in self._flights.items():
                 assert flight.layout.name == name and not flight.dropped
-                assert flight.holders == 0 or flight.state is _State.READY
-        self._device_arena.check_integrity()
-        self._host_arena.check_integrity()
+                assert flight.holders == 0 or flight.state is FlightState.READY
+        self._memory.check_integrity()
 
     def _check_placements(self) -> None:
         if Tier.NVME in self._tiers.values() and self._store is None:
@@ -313,35 +302,19 @@ class WeightManager:
         sizes = [self._units[n].num_bytes for n in self._order if self._tiers[n] is Tier.NVME]
         return 2 * max(sizes, default=0)
 
-    def _allocate(self, arena: Arena, num_bytes: int) -> torch.Tensor:
-        buffer = arena.allocate(num_bytes)
-        self._owned.append((arena, buffer))
-        return buffer
-
-    def _free(self, buffer: torch.Tensor) -> None:
-        arena = next(arena for arena, owned in self._owned if owned is buffer)
-        self._owned = [(a, owned) for a, owned in self._owned if owned is not buffer]
-        arena.release(buffer)
-
-    def _scratch(self, num_bytes: int) -> torch.Tensor:
-        """CPU memory for the load, from whichever arena has room for it."""
-        fits_host = num_bytes <= self._host_arena.free_bytes
-        arena = self._host_arena if fits_host or self._on_cuda else self._device_arena
-        return self._allocate(arena, num_bytes)
-
-    def _load_nvme(self, fill: Fill, progress: Callable[[int], None] | None) -> None:
+    def _load_nvme(self, fill: Fill, progress: Callable[[int], None]) -> None:
         units = [self._units[n] for n, tier in self._tiers.items() if tier is Tier.NVME]
         if self._store is None or not units:
             return
         scratch: list[torch.Tensor] = []
 
         def staging(num_bytes: int) -> torch.Tensor:
-            scratch.append(self._scratch(num_bytes))
+            scratch.append(self._memory.scratch(num_bytes))
             return scratch[0]
 
         self._store.open_units(units, fill, staging, progress)
         for buffer in scratch:
-            self._free(buffer)
+            self._memory.free(buffer)
         slots = [slot for unit in units for slot in unit.tensors if slot.shape]
         row_bytes = max((slot.num_bytes // slot.shape[0] for slot in slots), default=0)
         self._rows = RowReader(self._store, row_bytes)
@@ -349,34 +322,26 @@ class WeightManager:
             if unit.name not in self._index:
                 self._rows.verify_first_read(unit.name)
 
-    def _load_resident(self, fill: Fill, progress: Callable[[int], None] | None) -> None:
-        resident = [unit for n, unit in self._units.items() if self._tiers[n] is not Tier.NVME]
-        staging: torch.Tensor | None = None
-        if self._on_cuda and any(self._tiers[unit.name] is Tier.DEVICE for unit in resident):
-            sizes = [u.num_bytes for u in resident if self._tiers[u.name] is Tier.DEVICE]
-            staging = self._scratch(max(sizes))
-        for unit in sorted(resident, key=lambda unit: self._tiers[unit.name] is Tier.HOST):
-            if self._tiers[unit.name] is Tier.HOST:
-                if staging is not None:
-                    self._free(staging)
-                    staging = None
-                self._host[unit.name] = self._allocate(self._host_arena, unit.num_bytes)
-                fill(unit, self._host[unit.name])
-            else:
-                buffer = self._allocate(self._device_arena, unit.num_bytes)
-                if staging is None:
-                    fill(unit, buffer)
-                else:
-                    part = staging[: unit.num_bytes].zero_()
-                    fill(unit, part)
-                    buffer.copy_(part)
-                self._resident[unit.name] = unit.views(buffer)
-            if progress is not None:
-                progress(unit.num_bytes)
-        if staging is not None:
-            self._free(staging)
+    def _allocate_staging(self) -> None:
+        """The host has room for it once the load needs none."""
+        if self._staging.capacity:
+            self._staging_memory = self._memory.on_host(self._staging.capacity)
 
-    def _locate(self, unit: str) -> _Flight | None:
+    def _go_on(self) -> None:
+        """What the load has brought may be waited for."""
+        with self._changed:
+            self._advance()
+            self._changed.notify_all()
+
+    def _acquire_resident(self, unit: str) -> dict[str, torch.Tensor]:
+        if self._resident.has(unit):
+            return self._resident.on_device(unit)
+        started = time.perf_counter()
+        tensors = self._resident.on_device(unit)
+        self.transfers.add_stall(started, unit)
+        return tensors
+
+    def _locate(self, unit: str) -> Flight | None:
         """The unit's flight, older ones that nobody holds dropped. Turns the prefetch to it if it
         has none; None while dropped transfers still occupy the room it needs."""
         if self._closed:
@@ -386,7 +351,9 @@ class WeightManager:
                 self._drop_unheld(flight)
             self._cursor = self._index[unit]
             self._advance()
-            if unit not in self._flights and self._num_loading == 0:
+            if self._awaits_load(unit):
+                self._resident.check()
+            elif unit not in self._flights and self._num_loading == 0:
                 held = sum(flight.layout.num_bytes for flight in self._flights.values())
                 size, capacity = self._units[unit].num_bytes, self._ring.capacity
                 raise TierFullError(Tier.DEVICE, size, capacity - held, capacity)
@@ -397,15 +364,15 @@ class WeightManager:
             self._drop_unheld(flight)
         return self._flights[unit]
 
-    def _drop_unheld(self, flight: _Flight) -> None:
+    def _drop_unheld(self, flight: Flight) -> None:
         if flight.holders == 0:
             self._drop(flight)
 
-    def _drop(self, flight: _Flight) -> None:
+    def _drop(self, flight: Flight) -> None:
         """Forget a flight. Its room is free at once, or when its transfer is over."""
         del self._flights[flight.layout.name]
         flight.dropped = True
-        if flight.state is not _State.LOADING:
+        if flight.state is not FlightState.LOADING:
             self._ring.free(flight.start)
 
     def _advance(self) -> None:
@@ -416,7 +383,15 @@ class WeightManager:
                 return
             self._cursor = (self._cursor + 1) % len(self._order)
 
+    def _awaits_load(self, unit: str) -> bool:
+        """Whether the load must get on before the unit can be fetched."""
+        if self._tiers[unit] is Tier.HOST:
+            return not self._resident.has(unit)
+        return self._staging_memory.nbytes < self._staging.capacity
+
     def _launch(self, unit: UnitLayout) -> bool:
+        if self._awaits_load(unit.name):
+            return False
         staging, staging_start = None, 0
         if self._on_cuda and self._tiers[unit.name] is Tier.NVME:
             place = self._staging.allocate(unit.num_bytes)
@@ -430,7 +405,7 @@ class WeightManager:
                 self._staging.free(staging_start)
             return False
         buffer = self._ring_bytes[start : start + unit.num_bytes]
-        flight = _Flight(unit, start, buffer, unit.views(buffer), staging, staging_start)
+        flight = Flight(unit, start, buffer, unit.views(buffer), staging, staging_start)
         if not self.whole_experts and staging is None:
             flight.missing.update(range(unit.num_experts))
         self._flights[unit.name] = flight
@@ -438,14 +413,14 @@ class WeightManager:
         self._start(flight)
         return True
 
-    def _start(self, flight: _Flight) -> None:
+    def _start(self, flight: Flight) -> None:
         flight.attempts += 1
         name = flight.layout.name
         if self._tiers[name] is Tier.HOST:
             if self._on_cuda:
-                self._copies.submit(self._copy, flight, self._host[name])
+                self._copies.submit(self._copy, flight, self._resident.on_host(name))
             else:
-                self._copy(flight, self._host[name])
+                self._copy(flight, self._resident.on_host(name))
             return
         assert self._store is not None
         target = (flight.buffer if flight.staging is None else flight.staging)[: flight.num_bytes]
@@ -454,10 +429,10 @@ class WeightManager:
         future = self._store.submit_part(name, 0, target)
         future.add_done_callback(lambda done: self._read_done(flight, target, done))
 
-    def _read_link(self, flight: _Flight) -> Link:
+    def _read_link(self, flight: Flight) -> Link:
         return Link("weights", Tier.NVME, Tier.DEVICE if flight.staging is None else Tier.HOST)
 
-    def _read_done(self, flight: _Flight, target: torch.Tensor, done: Future[None]) -> None:
+    def _read_done(self, flight: Flight, target: torch.Tensor, done: Future[None]) -> None:
         assert self._store is not None
         error = done.exception()
         num_bytes = 0 if error else flight.num_bytes
@@ -475,7 +450,7 @@ class WeightManager:
         else:
             self._settle(flight, error)
 
-    def _copy(self, flight: _Flight, source: torch.Tensor) -> None:
+    def _copy(self, flight: Flight, source: torch.Tensor) -> None:
         """Copy a unit from host memory into the ring. For a CUDA device it runs in the copy thread;
         a CPU copies with the cores that compute, which a thread beside them would only delay."""
         error: BaseException | None = None
@@ -496,7 +471,7 @@ class WeightManager:
         self.transfers.end(_FROM_HOST, num_bytes, begun_s, flight.layout.name)
         self._settle(flight, error)
 
-    def _settle(self, flight: _Flight, error: BaseException | None) -> None:
+    def _settle(self, flight: Flight, error: BaseException | None) -> None:
         """A transfer is over: try once more if it failed, else make its outcome known."""
         with self._changed:
             abandoned = flight.dropped or self._closed
@@ -505,7 +480,7 @@ class WeightManager:
                 return
             self._num_loading -= 1
             flight.error = error
-            flight.state = _State.READY if error is None else _State.FAILED
+            flight.state = FlightState.READY if error is None else FlightState.FAILED
             if flight.staging is not None:
                 self._staging.free(flight.staging_start)
                 flight.staging = None

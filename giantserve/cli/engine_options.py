@@ -118,6 +118,22 @@ class EngineOptions:
     storage_backend: Annotated[
         str, typer.Option(help="Reads weights from disk: posix, deepnvme, or auto, the faster.")
     ] = "auto"
+    exact_attention: Annotated[
+        bool,
+        typer.Option(
+            "--exact-attention",
+            help="Attend to the bit as transformers does on a CPU, for the same bf16 answers; "
+            "attention takes several times as long.",
+        ),
+    ] = False
+    allow_unused_tiers: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unused-tiers",
+            help="No error where host memory or a disk was asked for and is not needed.",
+            rich_help_panel=PLACE,
+        ),
+    ] = False
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run Python code found in the checkpoint.")
     ] = False

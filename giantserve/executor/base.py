@@ -8,6 +8,7 @@ import pickle
 import secrets
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from giantserve.executor.messages import (
     Hello,
     Keep,
     Kept,
+    Loaded,
     LoadProgress,
     PassDone,
     Ready,
@@ -35,6 +37,7 @@ from giantserve.executor.worker_socket import set_no_delay
 from giantserve.shard_spec import ShardSpec
 from giantserve.step import StepPlan, StepResult
 from kvcache.block_copy import BlockCopy
+from kvcache.tier import Tier
 
 CONNECT_TIMEOUT_S = 120.0
 ProgressCallback = Callable[[int, LoadProgress], None]
@@ -49,7 +52,13 @@ class Executor(ABC):
 
     def __init__(self, specs: list[ShardSpec], host: str, on_progress: ProgressCallback) -> None:
         self._connections: dict[int, Connection[Any, Any]] = {}
+        self._on_progress = on_progress
+        self._used_bytes: dict[int, dict[Tier, int]] = {}
+        self.heard_s = time.monotonic()
+        """When a worker last said something."""
         self._stats: dict[int, dict[str, Any]] = {}
+        self.known_stats: dict[int, dict[str, Any]] = {}
+        """The counters by rank when all shards last told them."""
         self._traces = specs[0].trace
         self.spans: dict[int, list[dict[str, Any]]] = {}
         """By rank what it did when, once the workers have ended."""
@@ -68,7 +77,7 @@ class Executor(ABC):
             try:
                 self._start_workers(address, self._authkey, len(specs))
                 self._accept(listener, len(specs))
-                self._set_up(specs, on_progress)
+                self._set_up(specs)
             except BaseException:
                 self.close()
                 raise
@@ -107,7 +116,7 @@ class Executor(ABC):
             hello: Hello = connection.recv()
             self._connections[hello.rank] = connection
 
-    def _set_up(self, specs: list[ShardSpec], on_progress: ProgressCallback) -> None:
+    def _set_up(self, specs: list[ShardSpec]) -> None:
         hosts = [self._worker_host(spec.rank) for spec in specs]
         rendezvous = None
         self._connections[0].send(Setup(spec=specs[0], host=hosts[0]))
@@ -119,15 +128,15 @@ class Executor(ABC):
                 Setup(spec=spec, host=hosts[spec.rank], rendezvous=rendezvous)
             )
         kept = {}
-        loading = set(self._connections)
-        while loading:
-            for rank in self._readable(loading, None):
+        starting = set(self._connections)
+        while starting:
+            for rank in self._readable(starting, None):
                 message = self._receive(rank)
                 if isinstance(message, Ready):
-                    loading.discard(rank)
+                    starting.discard(rank)
                     kept[rank] = message.kept
                 elif isinstance(message, LoadProgress):
-                    on_progress(rank, message)
+                    self._on_progress(rank, message)
         self.kept = {
             block: found
             for block, found in kept[0].items()
@@ -161,8 +170,8 @@ class Executor(ABC):
             try:
                 connection.send_bytes(payload)
             except OSError:
-                self._receive(rank)  # a worker that failed said why before it left
-                raise EngineDeadError(f"shard {rank} died: {self._why_gone(rank)}") from None
+                while True:  # a worker that failed said why before it left
+                    self._receive(rank)
 
     def results(self, timeout_s: float | None) -> list[StepResult]:
         """Results that have arrived; waits up to ``timeout_s`` for the first, or until woken.
@@ -171,6 +180,7 @@ class Executor(ABC):
         Raises what a shard failed with, or EngineDeadError where one is gone.
         """
         for rank in self._readable(set(self._connections), timeout_s):
+            self.heard_s = time.monotonic()
             while True:
                 message = self._receive(rank)
                 if isinstance(message, StepResult):
@@ -178,11 +188,27 @@ class Executor(ABC):
                 elif isinstance(message, PassDone):
                     self._done[message.step_id].append(message)
                 elif isinstance(message, Stats):
-                    self._stats[rank] = message.values
+                    self._take_stats(rank, message)
+                elif isinstance(message, LoadProgress):
+                    self._on_progress(rank, message)
+                elif isinstance(message, Loaded):
+                    self._used_bytes[rank] = message.used_bytes
                 if not self._connections[rank].poll():
                     break
         results, self._arrived = self._arrived, []
         return self._confirmed(results) if self._confirms else results
+
+    def _take_stats(self, rank: int, message: Stats) -> None:
+        self._stats[rank] = message.values
+        if len(self._stats) == len(self._connections):
+            self.known_stats = dict(self._stats)
+
+    @property
+    def used_bytes(self) -> dict[Tier, int] | None:
+        """What the shards hold on each tier, together, once all are loaded."""
+        if len(self._used_bytes) < len(self._connections):
+            return None
+        return {tier: sum(used[tier] for used in self._used_bytes.values()) for tier in Tier}
 
     def _confirmed(self, results: list[StepResult]) -> list[StepResult]:
         """Those that all shards have confirmed, with what they lost; the others arrive later."""

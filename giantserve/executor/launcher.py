@@ -7,13 +7,17 @@ find it: a replica that starts anew, or its shards, then pay for no imports.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import pickle
+import shutil
 import socket
+import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -25,6 +29,8 @@ ENVIRONMENT_NAME = "GIANTSERVE_LAUNCHER"
 """The socket of the machine's launcher, for `node_launcher`."""
 
 STOP_TIMEOUT_S = 10.0
+LEAST_AGE_S = 60.0
+"""Of a socket that is taken for dead: one that was just bound does not listen yet."""
 
 Parameters = ParamSpec("Parameters")
 Answer = TypeVar("Answer")
@@ -120,6 +126,22 @@ class Launcher:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def remove_dead(sockets: Iterable[Path]) -> None:
+    """Remove the folders of ``sockets`` of this user to which no launcher listens any more, as a
+    server that was killed leaves them."""
+    for path in sockets:
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            is_ours = found.st_uid == os.getuid() and stat.S_ISSOCK(found.st_mode)
+            if is_ours and time.time() - found.st_mtime > LEAST_AGE_S and not _answers(path):
+                shutil.rmtree(path.parent)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as asking:
+        return asking.connect_ex(str(path)) != errno.ECONNREFUSED
 
 
 def _listen(path: Path) -> socket.socket:

@@ -17,9 +17,11 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from giantserve.errors import EngineDeadError
@@ -170,6 +172,20 @@ def _reap(workers: dict[int, str | None]) -> None:
             workers[pid] = f"signal {ended}" if ended else f"status {os.WEXITSTATUS(code)}"
 
 
+def run_to_its_end(body: Callable[[], None]) -> None:
+    """Run ``body`` in a thread, until the kernel has done with that.
+
+    Python's join returns before a thread's own destructors run. A fork meanwhile would copy what
+    locks they hold, such as that of MKL's memory, and nobody in the child would ever free them.
+    """
+    thread = threading.Thread(target=body)
+    thread.start()
+    task = Path(f"/proc/self/task/{thread.native_id}")
+    thread.join()
+    while task.exists():
+        time.sleep(0.001)
+
+
 def _import() -> None:
     """What workers need. A thread has a niceness of its own, and this one gives way: whoever
     started the launcher has more to start, and waits for that."""
@@ -182,9 +198,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(2, 1)  # what a worker prints is no output of the program that started it
     owner, *listening = (int(argument) for argument in sys.argv[1:])
-    importing = threading.Thread(target=_import)
-    importing.start()
-    importing.join()
+    run_to_its_end(_import)
     accepting = socket.socket(fileno=listening[0]) if listening else None
     _LauncherProcess(Connection(owner), accepting).serve()
 

@@ -9,6 +9,7 @@ from typing import Any
 from giantserve.shard_spec import ShardSpec
 from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import CachedBlock
+from kvcache.tier import Tier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +49,22 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The worker's shard is loaded. ``kept`` is the content of the KV blocks that an earlier
-    process left, oldest use first."""
+    """The worker takes passes; weights that are not there yet are waited for. ``kept`` is the
+    content of the KV blocks that an earlier process left, oldest use first."""
 
     kept: dict[int, bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """All the worker's weights are on their tiers; ``used_bytes`` is what it holds there."""
+
+    used_bytes: dict[Tier, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """The worker has got on with the pass under way since it last said something."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

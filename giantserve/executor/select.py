@@ -47,6 +47,7 @@ def shard_specs(config: EngineConfig, plan: PartitionPlan) -> list[ShardSpec]:
             trace=config.trace is not None,
             keeps_prefixes=config.prefix_memory is not None,
             storage_backend=config.storage_backend,
+            exact_attention=config.exact_attention,
         )
         for rank in range(count)
     ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import threading
 import time
 import traceback
 from datetime import timedelta
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Client
 from typing import Any
 
 import torch
@@ -17,9 +19,11 @@ from torch._C._distributed_c10d import TCPStore
 from giantserve.errors import EngineDeadError, GiantserveError
 from giantserve.executor.messages import (
     Failure,
+    Heartbeat,
     Hello,
     Keep,
     Kept,
+    Loaded,
     LoadProgress,
     PassDone,
     Ready,
@@ -38,50 +42,87 @@ from giantserve.step import StepPlan
 from partition.plan import PartitionPlan
 
 PROGRESS_INTERVAL_S = 0.1
+HEARTBEAT_PERIOD_S = 5.0
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+class _Engine:
+    """The engine, as a worker sees it: any thread may tell it something."""
+
+    def __init__(self, address: tuple[str, int], authkey: bytes, rank: int) -> None:
+        self._connection = Client(address, authkey=authkey)
+        set_no_delay(self._connection)
+        self._lock = threading.Lock()
+        self.rank = rank
+
+    def send(self, message: Any) -> None:
+        with self._lock:
+            self._connection.send(message)
+
+    def receive(self) -> Any:
+        """The next message; EOFError where the engine is gone."""
+        return self._connection.recv()
+
+    def report(self, error: Exception) -> None:
+        """Say what the worker failed with, if the engine is still there."""
+        trace = traceback.format_exc()
+        if not isinstance(error, GiantserveError | ValueError | OSError):
+            error = EngineDeadError(f"shard {self.rank} failed: {type(error).__name__}: {error}")
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            error = EngineDeadError(f"shard {self.rank} failed: {type(error).__name__}: {error}")
+        with contextlib.suppress(OSError, EOFError):
+            self.send(Failure(rank=self.rank, error=error, trace=trace))
+
+    def close(self) -> None:
+        self._connection.close()
 
 
 def run_worker(address: tuple[str, int], authkey: bytes, rank: int) -> None:
     """Connect to the engine at ``address`` and serve it until it says stop or goes away."""
-    connection = Client(address, authkey=authkey)
-    set_no_delay(connection)
-    connection.send(Hello(rank=rank, pid=os.getpid()))
+    engine = _Engine(address, authkey, rank)
+    engine.send(Hello(rank=rank, pid=os.getpid()))
     shard = None
+    ended = threading.Event()
     try:
-        setup: Setup = connection.recv()
+        setup: Setup = engine.receive()
         torch.set_num_threads(setup.spec.num_threads)
-        shard = _become(setup, connection)
-        connection.send(Ready(kept=shard.kept))
-        _serve(shard, connection, rank)
+        shard = _become(setup, engine)
+        engine.send(Ready(kept=shard.kept))
+        threading.Thread(target=_watch, args=(shard, engine, ended), daemon=True).start()
+        _serve(shard, engine)
     except (EOFError, ConnectionError):
         pass  # the engine is gone, and with it the reason to live
     except Exception as error:
-        _report(connection, rank, error)
+        engine.report(error)
     finally:
+        ended.set()
         if shard is not None:
             shard.close()
         if dist.is_initialized():
             dist.destroy_process_group()
-        connection.close()
+        engine.close()
 
 
-def _report(connection: Connection[Any, Any], rank: int, error: Exception) -> None:
-    trace = traceback.format_exc()
-    if not isinstance(error, GiantserveError | ValueError | OSError):
-        error = EngineDeadError(f"shard {rank} failed: {type(error).__name__}: {error}")
+def _watch(shard: Shard, engine: _Engine, ended: threading.Event) -> None:
+    """Tell the engine how the load ended, and that passes get on, however long they take."""
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = EngineDeadError(f"shard {rank} failed: {type(error).__name__}: {error}")
-    try:
-        connection.send(Failure(rank=rank, error=error, trace=trace))
-    except (OSError, EOFError):
-        return
+        shard.wait_until_loaded()
+        engine.send(Loaded(used_bytes=shard.used_bytes()))
+        last = shard.layers_run
+        while not ended.wait(HEARTBEAT_PERIOD_S):
+            if (now := shard.layers_run) != last:
+                engine.send(Heartbeat())
+                last = now
+    except Exception as error:
+        if not ended.is_set():
+            engine.report(error)
 
 
-def _become(setup: Setup, connection: Connection[Any, Any]) -> Shard:
+def _become(setup: Setup, engine: _Engine) -> Shard:
     spec = setup.spec
-    tensor_parallel, link = _join(setup, connection)
+    tensor_parallel, link = _join(setup, engine)
     last = 0.0
 
     def progress(what: str, done: int, total: int) -> None:
@@ -89,12 +130,12 @@ def _become(setup: Setup, connection: Connection[Any, Any]) -> Shard:
         now = time.monotonic()
         if done == total or now - last > PROGRESS_INTERVAL_S:
             last = now
-            connection.send(LoadProgress(what=what, done_bytes=done, total_bytes=total))
+            engine.send(LoadProgress(what=what, done_bytes=done, total_bytes=total))
 
     return Shard(spec, tensor_parallel, link, progress)
 
 
-def _join(setup: Setup, connection: Connection[Any, Any]) -> tuple[TensorParallel, StageLink]:
+def _join(setup: Setup, engine: _Engine) -> tuple[TensorParallel, StageLink]:
     """Meet the other ranks; every rank builds every group, in the same order."""
     plan, rank = setup.spec.plan, setup.spec.rank
     world = len(plan.shards)
@@ -111,7 +152,7 @@ def _join(setup: Setup, connection: Connection[Any, Any]) -> tuple[TensorParalle
         timeout=COLLECTIVE_TIMEOUT,
     )
     if is_master:
-        connection.send(Rendezvous(host=setup.host, port=store.port))
+        engine.send(Rendezvous(host=setup.host, port=store.port))
     backend = "nccl" if setup.spec.device.startswith("cuda") else "gloo"
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
@@ -142,23 +183,23 @@ def _link(plan: PartitionPlan, rank: int) -> StageLink:
     )
 
 
-def _serve(shard: Shard, connection: Connection[Any, Any], rank: int) -> None:
+def _serve(shard: Shard, engine: _Engine) -> None:
     while True:
-        message = connection.recv()
+        message = engine.receive()
         if isinstance(message, StepPlan):
             result = shard.run(message)
             if shard.may_lose_blocks:
-                connection.send(PassDone(step_id=message.step_id, lost=shard.take_lost()))
+                engine.send(PassDone(step_id=message.step_id, lost=shard.take_lost()))
             if result is not None:
-                connection.send(result)
+                engine.send(result)
         elif isinstance(message, StatsRequest):
-            connection.send(Stats(rank=rank, values=shard.stats()))
+            engine.send(Stats(rank=engine.rank, values=shard.stats()))
         elif isinstance(message, Keep):
             shard.keep(message.copies, message.hashes)
-            connection.send(Kept())
+            engine.send(Kept())
         elif isinstance(message, Stop):
             if shard.keeps_trace:
-                connection.send(Spans(spans=shard.spans()))
+                engine.send(Spans(spans=shard.spans()))
             return
         else:
             raise AssertionError(f"unexpected message {message!r}")

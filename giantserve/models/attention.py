@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from giantserve.models.batch import DecodeGroup, PassBatch
+from giantserve.models.batch import DecodeGroup, PassBatch, PromptChunk
 from giantserve.models.pass_kv import PassKV
 from giantserve.models.varlen import attend_batch, can_attend
 from kvcache.kv_store import KVViews, write_tokens
@@ -48,11 +48,13 @@ class PagedAttention:
     """The attention function of one shard's model: appends the pass's KV to the blocks, then
     attends.
 
-    One object per shard, bound to its model; ``kv`` is set before every pass.
+    One object per shard, bound to its model; ``kv`` is set before every pass. ``exact``: see
+    `attend_decodes_exactly`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, exact: bool = False) -> None:
         self.kv: PassKV | None = None
+        self._exact = exact
 
     def __call__(
         self,
@@ -86,11 +88,12 @@ class PagedAttention:
             where = part.batch.block_ids, part.batch.offsets
             write_tokens(views, part.of(key_THD), part.of(value_THD), *where)
             if part.rows is None:
-                _attend_part(query_THD, views, part.batch, options, out_THD)
+                _attend_part(query_THD, views, part.batch, options, out_THD, self._exact)
             else:
                 query = part.of(query_THD)
                 out = query.new_empty(query.shape[0], *out_THD.shape[1:])
-                _attend_part(query, views, part.batch, options.on(query.device), out)
+                here = options.on(query.device)
+                _attend_part(query, views, part.batch, here, out, self._exact)
                 out_THD[part.rows] = out.to(out_THD.device)
         return out_THD.unsqueeze(0), None
 
@@ -125,27 +128,52 @@ def _attend_part(
     batch: PassBatch,
     options: AttentionOptions,
     out_THD: torch.Tensor,
+    exact: bool,
 ) -> None:
     """Attention of all of ``batch``'s rows, into ``out_THD``."""
     keys, values = views
-    if can_attend(query_THD, values, options):
+    if not exact and can_attend(query_THD, values, options):
         out_THD.copy_(attend_batch(query_THD, keys, values, batch, options))
         return
+    attend_group = attend_decodes_exactly if exact and options.plain else attend_decodes
     for group in batch.decodes:
-        out_THD[group.rows] = attend_decodes(query_THD[group.rows], keys, values, group, options)
+        out_THD[group.rows] = attend_group(query_THD[group.rows], keys, values, group, options)
     for chunk in batch.prompts:
         rows = slice(chunk.row, chunk.row + chunk.length)
-        first = _first_visible(chunk.start, options.window) // batch.block_size
-        table = chunk.table[first:]
-        skipped = first * batch.block_size
-        length = chunk.start + chunk.length - skipped
-        out_THD[rows] = attend(
-            query_THD[rows].transpose(0, 1),
-            gather(keys, table, length),
-            gather(values, table, length),
-            options,
-            query_start=chunk.start - skipped,
-        ).transpose(0, 1)
+        query_HQD = query_THD[rows].transpose(0, 1)
+        if chunk.whole is not None:
+            out_HQD = _attend_in_whole(query_HQD, keys, values, chunk, chunk.whole, options)
+        else:
+            first = _first_visible(chunk.start, options.window) // batch.block_size
+            skipped = first * batch.block_size
+            length = chunk.start + chunk.length - skipped
+            out_HQD = attend(
+                query_HQD,
+                gather(keys, chunk.table[first:], length),
+                gather(values, chunk.table[first:], length),
+                options,
+                query_start=chunk.start - skipped,
+            )
+        out_THD[rows] = out_HQD.transpose(0, 1)
+
+
+def _attend_in_whole(
+    query_HQD: torch.Tensor,
+    keys_NSKD: torch.Tensor,
+    values_NSKD: torch.Tensor,
+    chunk: PromptChunk,
+    whole: int,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Attention of a chunk with the bits that it has where all ``whole`` tokens of its prompt are
+    attended to at once: how torch's kernel parts rows and columns shows in them."""
+    end = chunk.start + chunk.length
+    query = F.pad(query_HQD, (0, 0, chunk.start, whole - end))
+    keys, values = (
+        F.pad(gather(blocks, chunk.table, end), (0, 0, 0, whole - end))
+        for blocks in (keys_NSKD, values_NSKD)
+    )
+    return attend(query, keys, values, options, query_start=0)[:, chunk.start : end]
 
 
 def gather(blocks_NSKD: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
@@ -191,6 +219,43 @@ def attend_decodes(
     return torch.cat(parts)
 
 
+def attend_decodes_exactly(
+    query_BHD: torch.Tensor,
+    keys_NSKD: torch.Tensor,
+    values_NSKD: torch.Tensor,
+    group: DecodeGroup,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """As `attend_decodes`, to the bit what transformers computes with
+    scaled_dot_product_attention.
+
+    Contexts of one length together, unpadded and unmasked, and each query head by itself: padding
+    moves a row's end to where torch's kernel takes another exp, and heads as rows of one product
+    are summed in another order.
+    """
+    out_BHD = query_BHD.new_empty(*query_BHD.shape[:2], values_NSKD.shape[-1])
+    block_size = keys_NSKD.shape[1]
+    for length in sorted(set(group.lengths.tolist())):
+        (members,) = torch.nonzero(group.lengths == length, as_tuple=True)
+        first = _first_visible(length - 1, options.window)
+        skipped = first // block_size
+        tables = group.tables[members, skipped : -(-length // block_size)]
+        visible = slice(first - skipped * block_size, length - skipped * block_size)
+        keys, values = (
+            blocks.index_select(0, tables.flatten())
+            .view(*tables.shape[:1], -1, *blocks.shape[2:])[:, visible]
+            .transpose(1, 2)
+            .contiguous()
+            for blocks in (keys_NSKD, values_NSKD)
+        )
+        query = query_BHD[members].unsqueeze(2)
+        found = F.scaled_dot_product_attention(
+            query, keys, values, scale=options.scaling, enable_gqa=keys.shape[1] != query.shape[1]
+        )
+        out_BHD[members] = found.squeeze(2)
+    return out_BHD
+
+
 def _attend_padded(
     query_BHD: torch.Tensor,
     keys_BKLD: torch.Tensor,
@@ -208,9 +273,7 @@ def _attend_padded(
     query = query_BHD.view(batch, kv_heads, heads // kv_heads, dim)
     mask = visible[:, None, None, :]
     if options.plain:
-        out = F.scaled_dot_product_attention(
-            query, keys_BKLD, values_BKLD, attn_mask=mask, scale=options.scaling
-        )
+        out = _scaled_dot_product(query, keys_BKLD, values_BKLD, mask, options.scaling)
     else:
         out = _attend_explicitly(query, keys_BKLD, values_BKLD, mask, options)
     return out.reshape(batch, heads, -1)
@@ -237,13 +300,12 @@ def attend(
         if options.window is not None:
             mask = mask & (column > row - options.window)
     if options.plain:
-        return F.scaled_dot_product_attention(
+        return _scaled_dot_product(
             query_HQD.unsqueeze(0),
             _per_query_head(key_KLD, heads).unsqueeze(0),
             _per_query_head(value_KLD, heads).unsqueeze(0),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=options.scaling,
+            mask,
+            options.scaling,
         )[0]
     grouped = query_HQD.view(kv_heads, heads // kv_heads, queries, dim).transpose(0, 1)
     out = _attend_explicitly(
@@ -254,6 +316,28 @@ def attend(
         options,
     )
     return out.view(kv_heads, heads // kv_heads, queries, -1).flatten(0, 1)
+
+
+def _scaled_dot_product(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Of [..., Q, D] queries; causal where there is no mask.
+
+    A lone bf16 row goes twice on a CPU: torch (2.13) takes five to eight times as long for one as
+    for two.
+    """
+    rows = query.shape[-2]
+    is_slow = query.dtype is torch.bfloat16 and query.device.type == "cpu"
+    if rows == 1 and is_slow and mask is not None:
+        query = query.expand(*query.shape[:-2], 2, -1)
+    out = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling
+    )
+    return out[..., :rows, :]
 
 
 def _per_query_head(tensor_KLD: torch.Tensor, heads: int) -> torch.Tensor:

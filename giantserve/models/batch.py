@@ -14,7 +14,8 @@ class PromptChunk:
     """Consecutive tokens of one sequence: rows [row, row + length) of the pass, positions from
     ``start``.
 
-    ``table`` [N] int64 are its block ids on the device tier.
+    ``table`` [N] int64 are its block ids on the device tier. ``whole``: the tokens of the prompt
+    that the chunk is to be attended to as a part of, to the bit; None: in whatever way is fast.
     """
 
     seq_id: int
@@ -22,6 +23,7 @@ class PromptChunk:
     start: int
     length: int
     table: torch.Tensor
+    whole: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +87,13 @@ class PassBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkSpec:
-    """What `build_batch` needs of one sequence."""
+    """What `build_batch` needs of one sequence. ``whole``: see `PromptChunk`."""
 
     seq_id: int
     start: int
     length: int
     block_ids: Sequence[int]
+    whole: int | None = None
 
 
 MAX_PADDING = 0.25
@@ -111,7 +114,8 @@ def build_batch(
         span = range(spec.start, spec.start + spec.length)
         positions.extend(span)
         block_ids.extend(spec.block_ids[position // block_size] for position in span)
-        if gathered or spec.length > 1:
+        is_decode = spec.length == 1 and spec.whole is None
+        if gathered or not is_decode:
             used = spec.block_ids[: -(-span.stop // block_size)]
             chunk = PromptChunk(
                 seq_id=spec.seq_id,
@@ -119,11 +123,12 @@ def build_batch(
                 start=spec.start,
                 length=spec.length,
                 table=torch.tensor(used, device=device),
+                whole=spec.whole,
             )
             chunks.append(chunk)
-            if spec.length > 1:
+            if not is_decode:
                 prompts.append(chunk)
-        if spec.length == 1:
+        if is_decode:
             decodes.append((-(-span.stop // block_size), row, spec))
     where = torch.tensor([positions, block_ids], dtype=torch.long, device=device)
     return PassBatch(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from giantserve.models.attention import PagedAttention
@@ -24,6 +25,13 @@ from giantserve.models.collectives import TensorParallel
 from giantserve.models.linear import can_pack, pack
 from giantserve.models.pass_kv import PassKV, rotating
 from giantserve.models.patching import replace_forward
+from giantserve.models.pruning import (
+    empty,
+    materialise_buffers,
+    parameter_slots,
+    path_of,
+    silence_inputs,
+)
 from giantserve.models.tensor_parallel import parallelise
 from kvcache.activations import ActivationStore
 from kvcache.arena import Arena
@@ -39,6 +47,8 @@ class Weights(Protocol):
 
     whole_experts: bool
 
+    @property
+    def is_loaded(self) -> bool: ...
     def acquire(self, unit: str) -> dict[str, torch.Tensor]: ...
     def acquire_experts(self, unit: str, experts: Sequence[int]) -> None: ...
     def release(self, unit: str) -> None: ...
@@ -110,7 +120,11 @@ class StageModel:
         self._prune(first_layer, end_layer)
         materialise_buffers(self.model, device)
         self._accepts_rows = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self._slots = _parameter_slots(self.model, self.units)
+        self._slots = parameter_slots(self.model, self.units)
+        self._kinds = {unit.name: unit.kind for unit in self.units}
+        self._waits: list[RemovableHandle] = []
+        self.layers_run = 0
+        """How many layers were called: grows while a pass gets on."""
         self._span = first_layer, end_layer
         self._window = self._span
         self._ends_early = not self.is_last
@@ -131,10 +145,10 @@ class StageModel:
         for index, layer in enumerate(self._layers):
             forward = layer.forward
             if not first_layer <= index < end_layer:
-                _empty(layer)
+                empty(layer)
             replace_forward(layer, self._in_window(index, forward))
         if not self.is_first:
-            _silence_inputs(self.model, self.profile)
+            silence_inputs(self.model, self.profile)
 
     def _in_window(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The layer's forward where it is among those to run now, else a pass-through; the one
@@ -144,6 +158,7 @@ class StageModel:
         def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             first, end = self._window
             if first <= index < end:
+                self.layers_run += 1
                 output = forward(hidden_states, *args, **kwargs)
                 if self._ends_early and index == end - 1:
                     raise _StageDone(output[0] if isinstance(output, tuple) else output)
@@ -158,36 +173,61 @@ class StageModel:
         weights: Weights,
         kv: KVStore,
         resident: set[str],
-        device_arena: Arena,
         rotation: KVRotation | None = None,
         trace: Trace | None = None,
+        *,
+        exact_attention: bool = False,
     ) -> None:
-        """Connect the stage to its bytes. ``resident`` units stay on the device: they are bound
-        once, and packed for the CPU where it has a layout of its own. ``rotation`` holds the blocks
-        beyond those of ``kv``."""
+        """Connect the stage to its bytes. ``resident`` units stay on the device: `take_resident`
+        binds each once, the vectors of `units_bound_first` before a pass, and a pass that needs
+        another waits for it. ``rotation`` holds the blocks beyond those of ``kv``."""
         self._weights, self._kv, self._rotation, self._trace = weights, kv, rotation, trace
-        self._attention = PagedAttention()
+        self._attention = PagedAttention(exact=exact_attention)
         bind_attention(self.model, self._attention)
         for unit in self.units:
-            if unit.kind is UnitKind.EMBEDDING:
-                continue
             if unit.name in resident:
-                tensors = weights.acquire(unit.name)
-                self._bind(unit.name, tensors)
-                self._pack(unit.name, tensors, device_arena)
-            else:
+                if unit.kind in (UnitKind.ATTENTION, UnitKind.MLP, UnitKind.HEAD):
+                    for module in self._entries(unit):
+                        hook = module.register_forward_pre_hook(self._awaiting(unit.name))
+                        self._waits.append(hook)
+            elif unit.kind is not UnitKind.EMBEDDING:
                 for module in self._entries(unit):
                     module.register_forward_pre_hook(self._entering(unit.name))
                 self._hook_experts(unit)
         if self.is_first:
             self._hook_embedding()
 
-    def _pack(self, unit: str, tensors: dict[str, torch.Tensor], arena: Arena) -> None:
-        embedding = _path_of(self.model, self.model.get_input_embeddings()) + ".weight"
+    @property
+    def units_bound_first(self) -> set[str]:
+        """What is there before a pass begins: vectors, which any part of the model may read."""
+        return {unit.name for unit in self.units if unit.kind is UnitKind.SMALL}
+
+    @torch.no_grad()
+    def take_resident(self, unit: str, tensors: dict[str, torch.Tensor], arena: Arena) -> None:
+        """Bind a unit that stays on the device, and pack it for the CPU where that has a layout of
+        its own. ``tensors`` lie in ``arena``. From any thread, before a pass gets the unit."""
+        if self._kinds[unit] is UnitKind.EMBEDDING:
+            return
+        self._bind(unit, tensors)
+        embedding = path_of(self.model, self.model.get_input_embeddings()) + ".weight"
         for module, leaf, name in self._slots[unit]:
             is_read_by_rows = self.is_first and name == embedding
             if leaf == "weight" and not is_read_by_rows and can_pack(module, tensors[name]):
                 pack(module, tensors[name], arena)  # type: ignore[arg-type]
+
+    def _awaiting(self, unit: str) -> Callable[[nn.Module, Any], None]:
+        def wait(module: nn.Module, args: Any) -> None:
+            assert self._weights is not None
+            self._weights.acquire(unit)
+
+        return wait
+
+    def _stop_waiting(self) -> None:
+        """Once all weights are there, no module need ask."""
+        if self._waits and self._weights is not None and self._weights.is_loaded:
+            for hook in self._waits:
+                hook.remove()
+            self._waits.clear()
 
     def _entries(self, unit: Unit) -> list[nn.Module]:
         """The modules whose call begins the use of ``unit``: a layer's children, or the head."""
@@ -195,7 +235,7 @@ class StageModel:
         if unit.kind is UnitKind.HEAD:
             return [self.model.get_output_embeddings()]
         layer = self._layers[unit.layer]  # type: ignore[index]
-        prefix = _path_of(self.model, layer)
+        prefix = path_of(self.model, layer)
         return [
             child
             for name, child in layer.named_children()
@@ -265,7 +305,7 @@ class StageModel:
     def _hook_embedding(self) -> None:
         """Look the pass's rows up wherever the matrix lies, and let the module see only those."""
         embedding = self.model.get_input_embeddings()
-        name = _path_of(self.model, embedding) + ".weight"
+        name = path_of(self.model, embedding) + ".weight"
         unit, spec = next(
             (unit, spec)
             for unit in reversed(self.units)
@@ -308,6 +348,7 @@ class StageModel:
     ) -> torch.Tensor:
         """Run the stage for the chunks ``specs``, laid one after the other in ``inputs``."""
         assert self._weights is not None
+        self._stop_waiting()
         self._weights.whole_experts = self.profile.reads_whole_experts(inputs.shape[0])
         outputs = []
         for part in self._parts(specs, block_size, logit_rows):
@@ -326,6 +367,7 @@ class StageModel:
         the next one begins, and its weights are held meanwhile; between layers the states lie in
         ``store``, for which the caller begins and ends the pass."""
         assert self._weights is not None
+        self._stop_waiting()
         num_tokens = sum(each.num_tokens for each in slices)
         self._weights.whole_experts = self.profile.reads_whole_experts(num_tokens)
         parts = [self._parts(each.specs, block_size, each.logit_rows) for each in slices]
@@ -410,74 +452,3 @@ class StageModel:
             self._attention.kv = None
             self._injected = None
         return logits if self._accepts_rows else logits[rows]
-
-
-def _path_of(model: nn.Module, target: nn.Module) -> str:
-    path: str = next(name for name, module in model.named_modules() if module is target)
-    return path
-
-
-def _empty(module: nn.Module) -> None:
-    """Drop everything below a module that another stage runs, but keep its plain attributes."""
-    module._modules.clear()
-    module._parameters.clear()
-    module._buffers.clear()
-
-
-def _silence_inputs(model: nn.Module, profile: ModelProfile) -> None:
-    """On a later stage the result of what stands before the layers is thrown away: make it
-    cheap."""
-    for unit in profile.units:
-        if unit.stage_end != "first":
-            continue
-        for spec in unit.parameters:
-            module = model.get_submodule(spec.name.rpartition(".")[0])
-            is_embedding = isinstance(module, nn.Embedding)
-            replace_forward(module, _zero if is_embedding else _pass_through)
-
-
-def _pass_through(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return hidden
-
-
-def _zero(ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return torch.zeros((), device=ids.device)
-
-
-def _parameter_slots(
-    model: nn.Module, units: tuple[Unit, ...]
-) -> dict[str, list[tuple[nn.Module, str, str]]]:
-    """For each unit the (module, attribute, tensor name) triples its tensors are bound to.
-
-    A tied matrix is bound to the head, too: the embedding reads rows and is bound to none.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    slots: dict[str, list[tuple[nn.Module, str, str]]] = {}
-    for unit in units:
-        slots[unit.name] = []
-        for spec in unit.parameters:
-            path, _, leaf = spec.name.rpartition(".")
-            module = model.get_submodule(path)
-            if unit.kind is UnitKind.HEAD and isinstance(module, nn.Embedding):
-                module, leaf = head, "weight"
-            slots[unit.name].append((module, leaf, spec.name))
-    return slots
-
-
-@torch.no_grad()
-def materialise_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) their
-    values.
-
-    Uses the initialisers that transformers runs for parameters missing from a checkpoint;
-    parameters stay on the meta device.
-    """
-    for module in model.modules():
-        names = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
-        if not names:
-            continue
-        for name in names:
-            buffer = module._buffers[name]
-            assert buffer is not None
-            module._buffers[name] = torch.empty_like(buffer, device=device)
-        model._init_weights(module)

@@ -40,6 +40,7 @@ class _PlainWeights:
     """Every unit on the device, all the time."""
 
     whole_experts = True
+    is_loaded = True
 
     def __init__(self, tensors: dict[str, torch.Tensor], stage: StageModel) -> None:
         self._tensors = tensors
@@ -133,7 +134,10 @@ def _stage(device_name: str, dtype: str, num_experts: int = 0) -> StageModel:
         .fill_(0.01)
         for p in {p.name: p for unit in stage.units for p in unit.parameters}.values()
     }
-    stage.attach(_PlainWeights(tensors, stage), kv, {unit.name for unit in stage.units}, arena)
+    weights = _PlainWeights(tensors, stage)
+    stage.attach(weights, kv, {unit.name for unit in stage.units})
+    for unit in stage.units:
+        stage.take_resident(unit.name, weights.acquire(unit.name), arena)
     return stage
 
 

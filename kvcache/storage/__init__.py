@@ -25,6 +25,11 @@ class DirectFile:
     descriptor: int
     direct: bool
 
+    @property
+    def num_bytes(self) -> int:
+        """How long the file is."""
+        return os.fstat(self.descriptor).st_size
+
     def close(self) -> None:
         """Close the descriptor. Idempotent; no transfer may be under way."""
         if self.descriptor >= 0:

@@ -68,6 +68,7 @@ class Server:
                     f"--port={self.port}",
                     f"served_model_name={MODEL_NAME}",
                     f"nvme_dir={folder / 'nvme'}",
+                    "allow_unused_tiers=true",
                     "device_memory=32MiB",
                     "host_memory=8MiB",
                     *options,
@@ -102,6 +103,11 @@ class Server:
         """POST /v1/completions, greedy, with no end but ``max_tokens``."""
         body = {"model": MODEL_NAME, "temperature": 0, "ignore_eos": True, **fields}
         return self.http.post("/v1/completions", json=body)
+
+    def stats(self) -> dict[str, Any]:
+        """GET /stats."""
+        stats: dict[str, Any] = self.http.get("/stats").json()
+        return stats
 
     def stop(self) -> int:
         """SIGTERM to the whole job, as ``timeout`` and a shell send it; the exit status."""

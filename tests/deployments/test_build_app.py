@@ -62,7 +62,7 @@ def test_text_and_values_give_the_same_options() -> None:
     [
         (
             {"model": "/m", "device_memroy": "1GiB"},
-            "unknown option 'device_memroy'; there are api_",
+            "unknown option 'device_memroy'; there are allow_",
         ),
         ({}, "option 'model' is missing"),
         ({"model": "/m", "device_memory": "lots"}, "option 'device_memory': 'lots' is not a size"),

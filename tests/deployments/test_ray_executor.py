@@ -17,8 +17,7 @@ from giantserve import LLM, SamplingParams
 from giantserve.errors import EngineDeadError
 path, prompts = sys.argv[1], json.loads(sys.argv[2])
 greedy = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-llm = LLM(path, executor="ray", tensor_parallel=2, device_memory="32MiB", host_memory="8MiB",
-          nvme_dir=path + "/nvme")
+llm = LLM(path, executor="ray", tensor_parallel=2, device_memory="32MiB", host_memory="8MiB")
 tokens = [output.token_ids for output in llm.generate(prompts, greedy)]
 pids = llm._engine._executor.worker_pids
 os.kill(pids[1], signal.SIGKILL)

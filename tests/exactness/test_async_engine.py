@@ -26,7 +26,6 @@ def engine(tmp_path: Path, launcher: Launcher) -> AsyncEngine:
         model=str(save_model("llama", tmp_path)),
         device_memory=64 << 20,
         host_memory=8 << 20,
-        nvme_dir=tmp_path / "nvme",
     )
     return AsyncEngine(config, launcher=launcher)
 

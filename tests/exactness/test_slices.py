@@ -90,7 +90,15 @@ def test_sliced_passes_give_the_tokens_of_transformers(
     assert [output.token_ids for output in outputs] == reference(path, PROMPTS, NUM_TOKENS)
     # the first has all prompts, or those of them that had come
     assert stats["passes"] <= NUM_TOKENS + 2
-    for shard in stats["shards"]:
+    layers = {
+        shard.rank: stage.end_layer - stage.first_layer
+        for stage in plan.stages
+        for shard in stage.shards
+    }
+    last = plan.stages[-1].shards[0].rank
+    for rank, shard in enumerate(stats["shards"]):
+        if layers[rank] == 1 and rank < last:
+            continue  # what a single layer gives goes on to the next stage at once
         links = {
             (link["source"], link["target"]): link["bytes"]
             for link in shard["links"]

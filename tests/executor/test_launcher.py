@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import pickle
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Listener
@@ -15,7 +19,14 @@ import psutil
 import pytest
 
 from giantserve.errors import ConfigError, EngineDeadError
-from giantserve.executor.launcher import ENVIRONMENT_NAME, Launcher, node_launcher, run_beside
+from giantserve.executor.launcher import (
+    ENVIRONMENT_NAME,
+    Launcher,
+    node_launcher,
+    remove_dead,
+    run_beside,
+)
+from giantserve.executor.launcher_process import run_to_its_end
 from giantserve.units import parse_bytes
 
 AUTHKEY = b"of this test"
@@ -128,3 +139,44 @@ def test_asking_a_launcher_that_was_killed(tmp_path: Path) -> None:
     with pytest.raises(EngineDeadError, match="starts the workers has ended"):
         launcher.run(abs, -2)
     launcher.close()
+
+
+def test_sockets_that_nobody_listens_to_are_removed(socket_path: Path, tmp_path: Path) -> None:
+    """Not one that was just bound, nor what is no socket or lives."""
+    hour_ago = time.time() - 3600
+    dead, new, file = (tmp_path / name / "launcher" for name in ("dead", "new", "file"))
+    for path in (dead, new):
+        path.parent.mkdir()
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    file.parent.mkdir()
+    file.write_text("precious")
+    for path in (dead, file, socket_path):
+        os.utime(path, (hour_ago, hour_ago))
+    remove_dead([dead, new, file, socket_path, tmp_path / "none" / "launcher"])
+    assert not dead.parent.exists()
+    assert new.exists() and file.exists()
+    with contextlib.closing(Launcher.connect(socket_path)) as living:
+        assert living.run(int, "7") == 7
+
+
+def test_a_fork_finds_no_thread_on_its_way_out() -> None:
+    """At its end this one calls a destructor that sleeps, as MKL's may wait for the CPU."""
+    libc = ctypes.CDLL(None)
+    key = ctypes.c_uint()
+    assert libc.pthread_key_create(ctypes.byref(key), libc.usleep) == 0
+    tasks: list[Path] = []
+
+    def body() -> None:
+        tasks.append(Path(f"/proc/self/task/{threading.get_native_id()}"))
+        assert libc.pthread_setspecific(key, ctypes.c_void_p(200_000)) == 0
+
+    joined = threading.Thread(target=body)
+    joined.start()
+    joined.join()
+    assert tasks[0].exists(), "the destructor was not called"
+    run_to_its_end(body)
+    assert not tasks[1].exists()
+    while tasks[0].exists():
+        time.sleep(0.01)
+    assert libc.pthread_key_delete(key) == 0

@@ -106,27 +106,26 @@ def test_a_broken_checkpoint_is_refused(
     damage: Callable[[Path], None],
     message: str,
     model_path: Path,
-    nvme_dir: Path,
     launcher: Launcher,
 ) -> None:
     damage(model_path)
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     with pytest.raises((GiantserveError, PlanError), match=message) as caught:
-        LLM(model_path, device_memory="64MiB", nvme_dir=nvme_dir, launcher=launcher).close()
+        LLM(model_path, device_memory="64MiB", launcher=launcher).close()
     assert str(model_path) in str(caught.value) or message == "by its config.json"
     assert len(str(caught.value)) < 600
     assert {p.pid for p in psutil.Process().children(recursive=True)} == before
 
 
 def test_a_missing_file_of_a_sharded_checkpoint_is_named(
-    model_path: Path, nvme_dir: Path, launcher: Launcher, expected: list[list[int]]
+    model_path: Path, launcher: Launcher, expected: list[list[int]]
 ) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(model_path)
     (model_path / "model.safetensors").unlink()
     model.save_pretrained(model_path, max_shard_size="200KB")
     parts = sorted(model_path.glob("model-*.safetensors"))
     assert len(parts) > 2
-    options = {"device_memory": "64MiB", "nvme_dir": nvme_dir, "launcher": launcher}
+    options = {"device_memory": "64MiB", "launcher": launcher}
     with LLM(model_path, **options) as whole:
         assert tokens(whole) == expected
     parts[1].unlink()

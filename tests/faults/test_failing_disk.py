@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -22,6 +20,7 @@ from giantserve.errors import EngineDeadError
 from giantserve.executor.launcher import Launcher
 from giantserve.probes.storage import probe_backends
 from tests.exactness.zoo import reference
+from tests.faults.loop_disk import Disk, mounted_disk
 from tests.faults.test_lost_kv import GREEDY, NUM_TOKENS, PROMPTS, rotating_plan
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
@@ -31,36 +30,14 @@ from throttle import Throttle
 DISK_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Disk:
-    """A file system on a loop device: ``image`` is the file that is its disk."""
-
-    image: Path
-    folder: Path
-
-
 @pytest.fixture
 def loop_disk(tmp_path: Path) -> Iterator[Disk]:
     """Skips, with the reason, where this user may not make one."""
-    disk = Disk(tmp_path / "image", tmp_path / "mounted")
-    disk.folder.mkdir()
-    with disk.image.open("wb") as image:
-        image.truncate(DISK_BYTES)
-    for command in (
-        ["mkfs.ext4", "-q", "-m", "0", str(disk.image)],
-        ["mount", "-o", "loop", str(disk.image), str(disk.folder)],
-    ):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError as error:
-            pytest.skip(f"no file system can be made here: {error}")
-        if done.returncode:
-            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    nvme_dir = disk.folder / "nvme"
-    nvme_dir.mkdir(mode=0o700)
-    calibrate(nvme_dir, dtype="float32")  # before it fails, whichever test is first
-    yield disk
-    subprocess.run(["umount", str(disk.folder)], check=True)
+    with mounted_disk(tmp_path, DISK_BYTES) as disk:
+        nvme_dir = disk.folder / "nvme"
+        nvme_dir.mkdir(mode=0o700)
+        calibrate(nvme_dir, dtype="float32")  # before it fails, whichever test is first
+        yield disk
 
 
 @contextmanager

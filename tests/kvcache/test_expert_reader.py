@@ -59,6 +59,7 @@ def manager_of(tmp_path: Path) -> Iterator[Maker]:
         )
         made.append(manager)
         manager.load(fill)
+        manager.wait_until_loaded()
         return manager
 
     yield make

@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,84 +22,15 @@ from kvcache.shard_store import ShardStore
 from kvcache.tier import Tier
 from kvcache.transfer_stats import Link
 from kvcache.weights import UnitLayout, WeightManager
-
-CPU = torch.device("cpu")
-TIERS = (Tier.DEVICE, Tier.HOST, Tier.NVME)
-
-
-def make_units(count: int) -> list[UnitLayout]:
-    return [
-        UnitLayout.pack(
-            f"u{i}",
-            [("w", (20 + 37 * (i % 4), 64), torch.float32), ("b", (7 + i,), torch.bfloat16)],
-        )
-        for i in range(count)
-    ]
-
-
-def expected(unit: UnitLayout) -> dict[str, torch.Tensor]:
-    seed = int(unit.name[1:]) + 1
-    return {
-        slot.name: (torch.arange(slot.num_bytes // slot.dtype.itemsize) % 101 * seed)
-        .to(slot.dtype)
-        .view(slot.shape)
-        for slot in unit.tensors
-    }
-
-
-def fill(unit: UnitLayout, buffer: torch.Tensor) -> None:
-    values = expected(unit)
-    for slot in unit.tensors:
-        slot.view(buffer).copy_(values[slot.name])
-
-
-def assert_unit(manager: WeightManager, unit: UnitLayout) -> None:
-    values = expected(unit)
-    tensors = manager.acquire(unit.name)
-    assert tensors.keys() == values.keys()
-    for name, value in values.items():
-        assert torch.equal(tensors[name], value), (unit.name, name)
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture
-def managers(tmp_path: Path) -> Iterator[Callable[..., WeightManager]]:
-    """Makes loaded managers; closes them and looks for leaks of threads, files and bytes."""
-    made: list[WeightManager] = []
-    arenas: list[Arena] = []
-    threads, files = threading.active_count(), open_files()
-
-    def make(
-        units: list[UnitLayout],
-        placements: dict[str, Tier],
-        ring_units: float = 1.0,
-        **options: object,
-    ) -> WeightManager:
-        largest = max(unit.num_bytes for unit in units)
-        arenas.extend((Arena(Tier.DEVICE, 8 << 20), Arena(Tier.HOST, 8 << 20)))
-        manager = WeightManager(
-            units=units,
-            placements=placements,
-            device=CPU,
-            device_arena=arenas[-2],
-            host_arena=arenas[-1],
-            ring_bytes=int(largest * ring_units),
-            store=ShardStore(tmp_path / "weights", "key"),
-            **options,
-        )
-        made.append(manager)
-        manager.load(fill)
-        return manager
-
-    yield make
-    for manager in made:
-        manager.close()
-        manager.close()
-    assert [arena.used_bytes for arena in arenas] == [0] * len(arenas)
-    assert (threading.active_count(), open_files()) == (threads, files)
+from tests.kvcache.weight_units import (
+    CPU,
+    TIERS,
+    assert_unit,
+    expected,
+    fill,
+    make_units,
+    open_files,
+)
 
 
 @pytest.mark.parametrize("ring_units", [1.0, 1.7, 3.0, 40.0])
@@ -307,8 +238,16 @@ def test_failed_load_leaves_nothing(tmp_path: Path) -> None:
         ring_bytes=1 << 16,
         store=ShardStore(tmp_path / "weights", "key"),
     )
+    manager.load(fill)
     with pytest.raises(TierFullError, match="host tier"):
-        manager.load(fill)
+        manager.wait_until_loaded()
+    assert_unit(manager, units[0])
+    for _ in range(2):
+        with pytest.raises(TierFullError, match="host tier"):
+            manager.acquire("u1")
+    assert_unit(manager, units[2])
+    manager.release("u2")
+    manager.close()
     assert (device.used_bytes, host.used_bytes) == (0, 0)
     assert (open_files(), threading.active_count()) == (files, threads)
 

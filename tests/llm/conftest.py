@@ -56,6 +56,7 @@ def options(nvme_dir: Path, launcher: Launcher) -> dict[str, Any]:
         "device_memory": "64MiB",
         "host_memory": "16MiB",
         "nvme_dir": nvme_dir,
+        "allow_unused_tiers": True,
         "max_model_len": 256,
         "max_num_seqs": 8,
         "launcher": launcher,

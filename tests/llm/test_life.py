@@ -107,6 +107,7 @@ def test_nothing_is_left_behind(model_path: Path, nvme_dir: Path) -> None:
             device_memory="64MiB",
             host_memory="16MiB",
             nvme_dir=nvme_dir,
+            allow_unused_tiers=True,
             pipeline_parallel=2,
             max_model_len=128,
         ) as llm:
@@ -166,7 +167,7 @@ def test_several_threads_share_one_engine(llm: LLM) -> None:
 
 
 def test_without_any_budget(model_path: Path, options: dict[str, Any], llm: LLM) -> None:
-    bare = {k: options[k] for k in ("launcher", "nvme_dir")}
+    bare = {k: options[k] for k in ("launcher", "nvme_dir", "allow_unused_tiers")}
     with LLM(model_path, **bare) as free:
         assert free.plan.shards[0].budget.device_bytes > 64 << 20
         tokens = [o.token_ids for o in free.generate(PROMPTS, GREEDY)]

@@ -68,12 +68,10 @@ def test_a_shard_stays_under_its_budgets(split: str, model: Path, nvme_dir: Path
         assert peak < 2 * BUDGET + RUNTIME, f"rank {shard.rank} reached {peak // MIB} MiB"
 
 
-def test_the_measure_bites(model: Path, nvme_dir: Path) -> None:
+def test_the_measure_bites(model: Path) -> None:
     """With all of the model resident the same figure passes the same limit."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if free < 5 << 30:
         pytest.skip("too little memory is free for the whole model")
-    found, _ = peaks(
-        model, device_memory="3GiB", host_memory=0, nvme_dir=nvme_dir, pipeline_parallel=1
-    )
+    found, _ = peaks(model, device_memory="3GiB", host_memory=0, pipeline_parallel=1)
     assert found[0] > 2 * BUDGET + RUNTIME
