@@ -183,6 +183,12 @@ def gather(blocks_NSKD: torch.Tensor, table: torch.Tensor, length: int) -> torch
     return picked.flatten(0, 1)[:length].transpose(0, 1)
 
 
+def _gather_tables(blocks_NSKD: torch.Tensor, tables_BN: torch.Tensor) -> torch.Tensor:
+    """All tokens of B block tables of N blocks, as [B, K, N * S, D]."""
+    picked = blocks_NSKD.index_select(0, tables_BN.flatten())
+    return picked.view(tables_BN.shape[0], -1, *blocks_NSKD.shape[2:]).transpose(1, 2)
+
+
 def _first_visible(position: int, window: int | None) -> int:
     return 0 if window is None else max(0, position - window + 1)
 
@@ -209,12 +215,7 @@ def attend_decodes(
         torch.split(group.lengths, together),
         strict=True,
     ):
-        keys, values = (
-            blocks.index_select(0, tables.flatten())
-            .view(tables.shape[0], -1, *blocks.shape[2:])
-            .transpose(1, 2)
-            for blocks in (keys_NSKD, values_NSKD)
-        )
+        keys, values = (_gather_tables(blocks, tables) for blocks in (keys_NSKD, values_NSKD))
         parts.append(_attend_padded(query, keys, values, lengths, options))
     return torch.cat(parts)
 
@@ -242,10 +243,7 @@ def attend_decodes_exactly(
         tables = group.tables[members, skipped : -(-length // block_size)]
         visible = slice(first - skipped * block_size, length - skipped * block_size)
         keys, values = (
-            blocks.index_select(0, tables.flatten())
-            .view(*tables.shape[:1], -1, *blocks.shape[2:])[:, visible]
-            .transpose(1, 2)
-            .contiguous()
+            _gather_tables(blocks, tables)[:, :, visible].contiguous()
             for blocks in (keys_NSKD, values_NSKD)
         )
         query = query_BHD[members].unsqueeze(2)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import transformers
 from server import START_TIMEOUT_S, Server, wait_until
-from zoo import COMMON, reference
+from zoo import reference, save_twelve_layers
 
 from giantserve.demo_tokenizer import train_tokenizer
 from tests.faults.loop_disk import mounted_disk
@@ -37,23 +36,9 @@ NUM_TOKENS = 6
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """25 MiB in 12 layers, on a disk of its own: what else a server reads is not slow."""
     with mounted_disk(tmp_path_factory.mktemp("slow"), DISK_BYTES) as disk:
-        yield write_model(disk.folder / "model")
-
-
-def write_model(folder: Path) -> Path:
-    torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 512,
-        "hidden_size": 192,
-        "intermediate_size": 768,
-        "num_hidden_layers": 12,
-        "head_dim": 32,
-    }
-    config = transformers.LlamaConfig(**{**COMMON, **sizes, "initializer_range": 0.05})
-    config.dtype = torch.float32
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    train_tokenizer(folder, 512)
-    return folder
+        path = save_twelve_layers(disk.folder / "model", vocab_size=512)
+        train_tokenizer(path, 512)
+        yield path
 
 
 @pytest.fixture(scope="module")

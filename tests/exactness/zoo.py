@@ -167,3 +167,14 @@ def reference(path: Path, prompts: list[list[int]], num_tokens: int) -> list[lis
         )
         outputs.append(ids[0, len(prompt) :].tolist())
     return outputs
+
+
+def save_twelve_layers(folder: Path, vocab_size: int = VOCAB) -> Path:
+    """A Llama of 24 MiB, which takes a slow disk a while; fp32."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "head_dim": 32}
+    options = {**COMMON, **sizes, "vocab_size": vocab_size, "initializer_range": 0.05}
+    config = transformers.LlamaConfig(**options)
+    config.dtype = torch.float32
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder

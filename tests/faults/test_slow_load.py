@@ -16,8 +16,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-import transformers
 
 from giantserve import LLM, SamplingParams
 from giantserve import async_engine as async_engine_module
@@ -28,7 +26,7 @@ from giantserve.errors import CheckpointError, EngineDeadError, GiantserveError
 from giantserve.executor.launcher import Launcher
 from giantserve.executor.messages import LoadProgress
 from giantserve.outputs import StreamDelta
-from tests.exactness.zoo import COMMON, reference
+from tests.exactness.zoo import reference, save_twelve_layers
 from tests.faults.loop_disk import mounted_disk
 
 sys.path.append(str(Path(__file__).parents[2] / "bench"))
@@ -39,8 +37,6 @@ LOAD_S = 4.0
 PROMPT = [3, 14, 15, 92, 65]
 NUM_TOKENS = 6
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-
-
 DISK_BYTES = 128 << 20
 
 
@@ -63,16 +59,7 @@ class SlowModel:
 def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """24 MiB in 12 layers, on a disk of its own: what else a worker reads is not slow."""
     with mounted_disk(tmp_path_factory.mktemp("slow"), DISK_BYTES) as disk:
-        yield write_model(disk.folder / "model")
-
-
-def write_model(folder: Path) -> Path:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "head_dim": 32}
-    config = transformers.LlamaConfig(**{**COMMON, **sizes, "initializer_range": 0.05})
-    config.dtype = torch.float32
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
+        yield save_twelve_layers(disk.folder / "model")
 
 
 @pytest.fixture
