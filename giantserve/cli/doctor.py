@@ -77,7 +77,17 @@ def conclusions(machine: Machine, folder: Path) -> list[str]:
         memory = f"host memory: up to {usable}, what the cgroup's limit leaves"
     else:
         memory = f"host memory: up to {usable}, what the system has available"
-    return [device, memory, f"disk tier: {folder}; name another with --nvme-dir"]
+    disk = f"disk tier: {folder}; name another with --nvme-dir"
+    return [device, memory, disk, f"decode attention in host memory: {_attention()}"]
+
+
+def _attention() -> str:
+    from giantserve.models.native_attention import KernelUnavailableError, NativeAttention
+
+    try:
+        return f"the compiled kernel, for x86-64-v{NativeAttention().level}"
+    except KernelUnavailableError as error:
+        return f"torch's, slower, since {error}"
 
 
 def _hardware(machine: Machine) -> Table:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from giantserve.models.batch import DecodeGroup, PassBatch, PromptChunk
+from giantserve.models.native_attention import load_native_attention
 from giantserve.models.pass_kv import PassKV
 from giantserve.models.varlen import attend_batch, can_attend
 from kvcache.kv_store import KVViews, write_tokens
@@ -55,6 +56,7 @@ class PagedAttention:
     def __init__(self, *, exact: bool = False) -> None:
         self.kv: PassKV | None = None
         self._exact = exact
+        self._native = None if exact else load_native_attention()
 
     def __call__(
         self,
@@ -87,15 +89,56 @@ class PagedAttention:
         for part, views in self.kv.parts(layer):
             where = part.batch.block_ids, part.batch.offsets
             write_tokens(views, part.of(key_THD), part.of(value_THD), *where)
-            if part.rows is None:
-                _attend_part(query_THD, views, part.batch, options, out_THD, self._exact)
+            if part.in_place:
+                self._attend_part(query_THD, views, part.batch, options, out_THD)
             else:
                 query = part.of(query_THD)
                 out = query.new_empty(query.shape[0], *out_THD.shape[1:])
                 here = options.on(query.device)
-                _attend_part(query, views, part.batch, here, out, self._exact)
+                self._attend_part(query, views, part.batch, here, out)
                 out_THD[part.rows] = out.to(out_THD.device)
         return out_THD.unsqueeze(0), None
+
+    def _attend_part(
+        self,
+        query_THD: torch.Tensor,
+        views: KVViews,
+        batch: PassBatch,
+        options: AttentionOptions,
+        out_THD: torch.Tensor,
+    ) -> None:
+        """Attention of all of ``batch``'s rows, into ``out_THD``."""
+        keys, values = views
+        if not self._exact and can_attend(query_THD, values, options):
+            out_THD.copy_(attend_batch(query_THD, keys, values, batch, options))
+            return
+        native = self._native
+        if native is not None and not native.can_attend(query_THD, keys, values):
+            native = None
+        attend_group = attend_decodes_exactly if self._exact and options.plain else attend_decodes
+        for group in batch.decodes:
+            if native is not None:
+                native.attend(query_THD, keys, values, group, options, out_THD)
+            else:
+                query = query_THD[group.rows]
+                out_THD[group.rows] = attend_group(query, keys, values, group, options)
+        for chunk in batch.prompts:
+            rows = slice(chunk.row, chunk.row + chunk.length)
+            query_HQD = query_THD[rows].transpose(0, 1)
+            if chunk.whole is not None:
+                out_HQD = _attend_in_whole(query_HQD, keys, values, chunk, chunk.whole, options)
+            else:
+                first = _first_visible(chunk.start, options.window) // batch.block_size
+                skipped = first * batch.block_size
+                length = chunk.start + chunk.length - skipped
+                out_HQD = attend(
+                    query_HQD,
+                    gather(keys, chunk.table[first:], length),
+                    gather(values, chunk.table[first:], length),
+                    options,
+                    query_start=chunk.start - skipped,
+                )
+            out_THD[rows] = out_HQD.transpose(0, 1)
 
     def _attend_gathered(
         self,
@@ -120,41 +163,6 @@ class PagedAttention:
                 query_start=chunk.start,
             ).transpose(0, 1)
             begin = end
-
-
-def _attend_part(
-    query_THD: torch.Tensor,
-    views: KVViews,
-    batch: PassBatch,
-    options: AttentionOptions,
-    out_THD: torch.Tensor,
-    exact: bool,
-) -> None:
-    """Attention of all of ``batch``'s rows, into ``out_THD``."""
-    keys, values = views
-    if not exact and can_attend(query_THD, values, options):
-        out_THD.copy_(attend_batch(query_THD, keys, values, batch, options))
-        return
-    attend_group = attend_decodes_exactly if exact and options.plain else attend_decodes
-    for group in batch.decodes:
-        out_THD[group.rows] = attend_group(query_THD[group.rows], keys, values, group, options)
-    for chunk in batch.prompts:
-        rows = slice(chunk.row, chunk.row + chunk.length)
-        query_HQD = query_THD[rows].transpose(0, 1)
-        if chunk.whole is not None:
-            out_HQD = _attend_in_whole(query_HQD, keys, values, chunk, chunk.whole, options)
-        else:
-            first = _first_visible(chunk.start, options.window) // batch.block_size
-            skipped = first * batch.block_size
-            length = chunk.start + chunk.length - skipped
-            out_HQD = attend(
-                query_HQD,
-                gather(keys, chunk.table[first:], length),
-                gather(values, chunk.table[first:], length),
-                options,
-                query_start=chunk.start - skipped,
-            )
-        out_THD[rows] = out_HQD.transpose(0, 1)
 
 
 def _attend_in_whole(

@@ -53,7 +53,8 @@ class BlockTables:
 
 @dataclass(slots=True, kw_only=True)
 class PassBatch:
-    """One pass. ``block_ids`` and ``offsets`` [T] say where each token's KV goes.
+    """The tokens of a pass, or some of them. ``block_ids`` and ``offsets`` [T] say where each
+    token's KV goes, in the order of ``specs``.
 
     ``gathered``: keys and values reach the attention as whole contexts (see `GatheringCache`).
     """
@@ -101,16 +102,22 @@ MAX_PADDING = 0.25
 
 
 def build_batch(
-    specs: Sequence[ChunkSpec], block_size: int, device: torch.device, *, gathered: bool = False
+    specs: Sequence[ChunkSpec],
+    block_size: int,
+    device: torch.device,
+    *,
+    gathered: bool = False,
+    first_rows: Sequence[int] | None = None,
 ) -> PassBatch:
-    """Lay the chunks one after the other, in the order given."""
+    """Lay the chunks one after the other, in the order given; or each from its row of
+    ``first_rows`` on."""
     positions: list[int] = []
     block_ids: list[int] = []
     chunks: list[PromptChunk] = []
     prompts: list[PromptChunk] = []
     decodes: list[tuple[int, int, ChunkSpec]] = []
-    for spec in specs:
-        row = len(positions)
+    for index, spec in enumerate(specs):
+        row = len(positions) if first_rows is None else first_rows[index]
         span = range(spec.start, spec.start + spec.length)
         positions.extend(span)
         block_ids.extend(spec.block_ids[position // block_size] for position in span)

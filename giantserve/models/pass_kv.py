@@ -17,11 +17,13 @@ from kvcache.micro_batch import BlockUse, MicroBatch, deal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassPart:
-    """Sequences whose blocks are in one place together, where ``batch`` lies, too. It counts its
-    rows from 0; row i of it is row ``rows[i]`` of the pass (None: the part is the whole pass)."""
+    """Sequences whose blocks are in one place together, where ``batch`` lies, too. Its tokens are
+    the rows ``rows`` of the pass (None: the part is the whole pass). ``in_place``: it counts rows
+    as the pass does; else from 0, row i of it being row ``rows[i]`` of the pass."""
 
     rows: torch.Tensor | None
     batch: PassBatch
+    in_place: bool
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part's rows of a tensor whose first dimension are the rows of the pass, where its
@@ -31,7 +33,7 @@ class PassPart:
 
     def first_row(self, row: int) -> int:
         """Where a row of the part stands in the pass."""
-        return row if self.rows is None else int(self.rows[row])
+        return row if self.rows is None or self.in_place else int(self.rows[row])
 
 
 class PassKV:
@@ -51,7 +53,7 @@ class PassKV:
         self._kv, self._rotation = kv, rotation
         self.micro_batches: tuple[MicroBatch, ...] = ()
         self.batch = build_batch(specs, block_size, device, gathered=gathered)
-        self._resident: PassPart | None = PassPart(rows=None, batch=self.batch)
+        self._resident: PassPart | None = PassPart(rows=None, batch=self.batch, in_place=True)
         self._on_host: PassPart | None = None
         self._rotated: list[PassPart] = []
         if rotation is None:
@@ -71,9 +73,15 @@ class PassKV:
             positions: Sequence[int], chosen: Sequence[ChunkSpec], home: torch.device = device
         ) -> PassPart:
             rows = [row for p in positions for row in range(starts[p], starts[p + 1])]
+            # on CUDA one kernel takes all rows of a part, so they have to lie together
+            in_place = device.type == "cpu"
+            first_rows = [starts[p] for p in positions] if in_place else None
             return PassPart(
                 rows=torch.tensor(rows, device=device),
-                batch=build_batch(chosen, block_size, home, gathered=gathered),
+                batch=build_batch(
+                    chosen, block_size, home, gathered=gathered, first_rows=first_rows
+                ),
+                in_place=in_place,
             )
 
         stays = [position for position in range(len(specs)) if position not in outside]

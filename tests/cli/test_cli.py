@@ -86,11 +86,12 @@ def test_serve_hands_over_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_says_what_binds(tmp_path: Path) -> None:
     large = replace(Machine.discover(tmp_path), available_bytes=2**33, memory_bytes=2**33, gpus=())
     small = replace(large, memory_bytes=2**32)
-    device, memory, disk = conclusions(small, tmp_path)
+    device, memory, disk, attention = conclusions(small, tmp_path)
     assert "NVML sees no GPU" in device
     assert memory == "host memory: up to 4 GiB, what the cgroup's limit leaves"
     assert str(tmp_path) in disk
+    assert attention.startswith("decode attention in host memory: ")
     gpu = Gpu(name="x", total_bytes=1, free_bytes=1)
-    device, memory, _ = conclusions(replace(large, gpus=(gpu,)), tmp_path)
+    device, memory, *_ = conclusions(replace(large, gpus=(gpu,)), tmp_path)
     assert device.startswith("device tier: 1 GPU(s)")
     assert memory == "host memory: up to 8 GiB, what the system has available"
