@@ -133,6 +133,15 @@ def test_scores_far_apart(native: NativeAttention) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_what_is_not_a_number_shows_in_its_sequence_alone(native: NativeAttention) -> None:
+    case = Case([5, 300, 70], 8, 2)
+    expected = case.found(native, PLAIN)
+    case.keys[case.tables[1, 3], 2] = float("nan")
+    found = case.found(native, PLAIN)
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bits_are_those_of_the_sequence_alone(
     native: NativeAttention, dtype: torch.dtype

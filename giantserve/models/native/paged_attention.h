@@ -9,7 +9,7 @@ typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 
 constexpr int MOST_HEADS = LANES == 8 ? 4 : 8;  // that share a loaded key: as many as registers hold
-constexpr int LINE = 64;           // bytes that come to the caches together
+constexpr int LINE = 64;                        // bytes that come to the caches together
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 template <class T>
@@ -38,9 +38,10 @@ static inline float sum(Floats values) {
     return found;
 }
 
-// exp(x) for x <= 0, to 2 units in the last place, and 0 below -87. The polynomial is Cephes' expf.
+// exp(x) for x <= 0, to 2 units in the last place, 0 below -87, NaN for NaN. The polynomial is
+// Cephes' expf.
 static inline Floats exponential(Floats x) {
-    const Floats bounded = x > -87.0f ? x : all(-87.0f);
+    const Floats bounded = x < -87.0f ? all(-87.0f) : x;
     const Ints power = __builtin_convertvector(bounded * 1.44269504f - 0.5f, Ints);
     const Floats whole = __builtin_convertvector(power, Floats);
     const Floats rest = (bounded - whole * 0.693359375f) - whole * -2.12194440e-4f;
@@ -51,7 +52,7 @@ static inline Floats exponential(Floats x) {
     result = result * rest + 1.6666665459e-1f;
     result = result * rest + 5.0000001201e-1f;
     result = result * rest * rest + rest + 1.0f;
-    return x > -87.0f ? result * (Floats)((power + 127) << 23) : Floats{};
+    return x < -87.0f ? Floats{} : result * (Floats)((power + 127) << 23);
 }
 
 // Element types of queries, keys, values and outputs. A 32-bit word holds PER_WORD elements, and a
