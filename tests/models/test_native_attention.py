@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import shutil
 
 import pytest
 import torch
 
+from giantserve.models import native_attention
 from giantserve.models.attention import AttentionOptions
 from giantserve.models.batch import DecodeGroup
-from giantserve.models.native_attention import KernelUnavailableError, NativeAttention
+from giantserve.models.native_attention import (
+    KernelUnavailableError,
+    NativeAttention,
+    load_native_attention,
+)
 from tests.models.test_attention import written_out
 
 BLOCK_SIZE, LAYERS = 16, 3
@@ -189,3 +195,23 @@ def test_what_it_cannot_attend_to(native: NativeAttention) -> None:
 def test_a_level_that_does_not_exist_is_refused() -> None:
     with pytest.raises(KernelUnavailableError):
         NativeAttention(5)
+
+
+def test_a_kernel_of_another_version_is_refused(
+    native: NativeAttention, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Longer(ctypes.Structure):
+        _fields_ = (*native_attention._Attention._fields_, ("more", ctypes.c_int64))
+
+    assert load_native_attention() is not None
+    monkeypatch.setattr(native_attention, "_Attention", Longer)
+    with pytest.raises(KernelUnavailableError, match="another version's: install"):
+        NativeAttention()
+    assert load_native_attention() is None
+
+
+def test_without_a_kernel_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_attention, "_MODULE", "giantserve.models._not_built")
+    with pytest.raises(KernelUnavailableError, match=r"not built: install .* g\+\+"):
+        NativeAttention()
+    assert load_native_attention() is None

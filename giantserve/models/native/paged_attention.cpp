@@ -1,8 +1,8 @@
 // One query a sequence over paged keys and values: decode attention on a CPU.
 //
-// Flash attention's running softmax over tiles of tokens, each block read where it lies, once, at
-// the rate of the memory. A library of its own that knows nothing of Python or torch; it is loaded
-// by native_attention.py, which says what a call expects.
+// Flash attention's running softmax over tiles of tokens; each block is read once, where it lies. A
+// library of its own that knows nothing of Python or torch; it is loaded by native_attention.py,
+// which says what a call expects.
 
 #include <algorithm>
 #include <cmath>
