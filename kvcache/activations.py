@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from kvcache.arena import ALIGNMENT, Arena
-from kvcache.checksum import PieceChecksum
-from kvcache.micro_batch import NUM_BUFFERS
+from kvcache.checksum import checksums
+from kvcache.layout import ACTIVATION_BUFFERS
 from kvcache.private_folder import make_private
 from kvcache.storage import DirectFile, reserve
 from kvcache.storage.posix import PosixBackend
@@ -36,8 +36,8 @@ class ActivationStore:
     every slice in order (the first layer takes none), then `end`.
 
     Slices lie on the host as long as there is room, the rest on NVMe. These pass through
-    `NUM_BUFFERS` buffers on the host, one to a visit: while one is computed, the next is read and
-    the last is written. Used by the thread that computes.
+    `ACTIVATION_BUFFERS` buffers on the host, one to a visit: while one is computed, the next is
+    read and the last is written. Used by the thread that computes.
     """
 
     def __init__(
@@ -65,12 +65,11 @@ class ActivationStore:
         if nvme_bytes:
             assert folder is not None, "activations on NVMe need a folder"
             size = padded_bytes(slice_bytes)
-            self._buffers = [host_arena.allocate(size) for _ in range(NUM_BUFFERS)]
-            host_bytes -= NUM_BUFFERS * size
+            self._buffers = [host_arena.allocate(size) for _ in range(ACTIVATION_BUFFERS)]
+            host_bytes -= ACTIVATION_BUFFERS * size
             self._backend = PosixBackend()
             self._file = _nameless(folder, self._backend, nvme_bytes)
         self._memory = host_arena.allocate(host_bytes)
-        self._check = PieceChecksum(ALIGNMENT)
         self.transfers = TransferStats(trace)
         self._places: list[tuple[Tier, int, int]] = []
         self._forms: dict[int, tuple[torch.dtype, torch.Size]] = {}
@@ -122,10 +121,10 @@ class ActivationStore:
         assert self._file is not None and self._backend is not None
         self._visit += not self._taken
         self._taken = False
-        self._wait_for_write(self._visit - NUM_BUFFERS)
+        self._wait_for_write(self._visit - ACTIVATION_BUFFERS)
         buffer = self._buffer(self._visit)
         buffer[:size].copy_(found)
-        self._sums[index] = self._check.of(buffer.view(-1, ALIGNMENT))
+        self._sums[index] = checksums(buffer.unsqueeze(0))
         begun_s = self.transfers.begin(link)
         future = self._backend.submit_write(self._file, start, buffer)
         future.add_done_callback(partial(self._count, link, buffer.numel(), begun_s, index))
@@ -152,12 +151,12 @@ class ActivationStore:
         begun_s = time.perf_counter()
         error = self._reads.pop(self._visit).exception()
         self.transfers.add_stall(begun_s, f"activations of slice {index}")
-        intact = torch.equal(self._check.of(buffer.view(-1, ALIGNMENT)), self._sums[index])
+        intact = torch.equal(checksums(buffer.unsqueeze(0)), self._sums[index])
         if error is not None or not intact:
             logger.warning("activations are lost: %s", error or "they fail their checksum")
             self._lost.add(index)
             buffer.zero_()
-        if len(self._on_nvme) >= NUM_BUFFERS:
+        if len(self._on_nvme) >= ACTIVATION_BUFFERS:
             self._read(self._visit + 1)
         return buffer[:size].view(dtype).view(shape).to(self._device)
 
@@ -186,14 +185,14 @@ class ActivationStore:
 
     def _buffer(self, visit: int) -> torch.Tensor:
         size = padded_bytes(self._places[self._slice(visit)][2])
-        return self._buffers[visit % NUM_BUFFERS][:size]
+        return self._buffers[visit % ACTIVATION_BUFFERS][:size]
 
     def _read(self, visit: int) -> None:
         """Start what `take` will wait for, once its buffer is free and the slice was written."""
         if visit >= self._num_visits or visit < len(self._on_nvme):
             return
         assert self._file is not None and self._backend is not None
-        self._wait_for_write(visit - NUM_BUFFERS)
+        self._wait_for_write(visit - ACTIVATION_BUFFERS)
         self._wait_for_write(visit - len(self._on_nvme))
         link = Link("activations", Tier.NVME, Tier.DEVICE)
         buffer, index = self._buffer(visit), self._slice(visit)

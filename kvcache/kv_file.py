@@ -66,7 +66,7 @@ class KVFile:
     @property
     def _layout(self) -> str:
         """How the file lies, to tell an index of another layout by."""
-        return f"{self._num_blocks} blocks of {self._piece_bytes}"
+        return f"{self._num_blocks} blocks of {self._piece_bytes}, checked by XXH3"
 
     @property
     def num_bytes(self) -> int:

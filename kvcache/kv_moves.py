@@ -5,19 +5,40 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from kvcache.micro_batch import MicroBatch
 from kvcache.tier import Tier
 
+Index = tuple[torch.Tensor, torch.Tensor]
+"""Two of one length, which together select."""
+
+
+class TokenMoves(NamedTuple):
+    """Tokens by (slots, places in the block), as indices on the device, and by (rows, places in
+    the block), as indices where the rows lie."""
+
+    slots: Index
+    rows: Index
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scatter:
+    """What goes home to ``tier``, which is in memory: by token, or by piece, (slots, rows)."""
+
+    tier: Tier
+    tokens: TokenMoves
+    pieces: Index
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVMoves:
-    """``gathers`` are (source, slots, its rows) of what lies in memory, ``scatters`` (target,
-    slots, its rows), where a source or target is DEVICE or HOST; ``reads`` and ``writes`` runs of
-    slots whose blocks are neighbours on NVMe. ``tails`` and ``kept`` are (slots, tail rows) before
-    and after the pass; ``filled`` blocks leave their tail rows with it.
+    """``gathers`` are (source, slots, its rows) of what lies in memory, DEVICE or HOST;
+    ``scatters`` go there; ``reads`` and ``writes`` are runs of slots whose blocks are neighbours on
+    NVMe. ``tails`` are (slots, tail rows) before the pass, ``kept`` the tokens that go to tail
+    rows with it; ``filled`` blocks leave their tail rows.
 
     The slots ``on_nvme`` are read from ``places`` of the file; what comes to those that are not
     ``wanted``, since they lie in tail rows or between others, counts for nothing, and ``blank``
@@ -31,10 +52,10 @@ class KVMoves:
     places: torch.Tensor
     wanted: torch.Tensor
     blank: tuple[int, ...]
-    tails: tuple[torch.Tensor, torch.Tensor]
+    tails: Index
     reads: tuple[slice, ...]
-    scatters: tuple[tuple[Tier, torch.Tensor, torch.Tensor], ...]
-    kept: tuple[torch.Tensor, torch.Tensor]
+    scatters: tuple[Scatter, ...]
+    kept: TokenMoves
     writes: tuple[slice, ...]
     beyond: slice
     filled: tuple[int, ...]
@@ -58,30 +79,37 @@ def moves_of(
         (Tier.DEVICE, range(first_host), slice(0, host), device),
         (Tier.HOST, range(first_host, first_nvme), slice(host, nvme), torch.device("cpu")),
     )
+    written = micro_batch.written
     gathers, scatters = [], []
     for tier, region, come, home in in_memory:
         if come.start < come.stop:
             rows = torch.tensor(blocks[come]) - region.start
             gathers.append((tier, come, rows.to(home)))
-        go = [slot for slot in micro_batch.written if blocks[slot] in region]
+        go = {slot: blocks[slot] - region.start for slot in written if blocks[slot] in region}
         if go:
-            rows = torch.tensor([blocks[slot] - region.start for slot in go])
-            scatters.append((tier, torch.tensor(go, device=device), rows.to(home)))
+            slots, rows = _index(sorted(go), go)
+            tokens = _tokens([(slot, row, written[slot]) for slot, row in go.items()], device, home)
+            scatters.append(Scatter(tier, tokens, (slots.to(device), rows.to(home))))
     on_nvme = range(nvme, loaded)
     near = sorted(slot for slot in tails if slot in on_nvme)
     unwanted = micro_batch.bridges.union(near)
-    behind = [slot for slot in micro_batch.written if blocks[slot] >= first_nvme]
+    behind = [slot for slot in written if blocks[slot] >= first_nvme]
+    # a block that comes to a tail row brings what it holds
+    to_tails = [
+        (slot, kept[slot], written[slot] if slot in tails else range(written[slot].stop))
+        for slot in sorted(kept)
+    ]
     return KVMoves(
         micro_batch=micro_batch,
         gathers=tuple(gathers),
         on_nvme=slice(nvme, loaded),
         places=torch.tensor(blocks[nvme:loaded], dtype=torch.long) - first_nvme,
         wanted=torch.tensor([slot not in unwanted for slot in on_nvme], dtype=torch.bool),
-        blank=tuple(micro_batch.bridges.intersection(micro_batch.written)),
+        blank=tuple(micro_batch.bridges.intersection(written)),
         tails=_index(near, tails),
         reads=tuple(r for r in _runs(blocks, on_nvme) if not unwanted.issuperset(slots_of(r))),
         scatters=tuple(scatters),
-        kept=_index(sorted(kept), kept),
+        kept=_tokens(to_tails, device, torch.device("cpu")),
         writes=tuple(_runs(blocks, [slot for slot in behind if slot not in kept])),
         beyond=slice(host, loaded),
         filled=tuple(blocks[slot] for slot in behind if slot in tails and slot not in kept),
@@ -93,7 +121,16 @@ def slots_of(run: slice) -> range:
     return range(run.start, run.stop)
 
 
-def _index(slots: Sequence[int], rows: Mapping[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _tokens(
+    moves: Sequence[tuple[int, int, range]], device: torch.device, home: torch.device
+) -> TokenMoves:
+    """Of the places in (slots, rows, places)."""
+    columns = [(slot, row, place) for slot, row, places in moves for place in places]
+    slots, rows, places = torch.tensor(columns, dtype=torch.long).view(-1, 3).T.contiguous()
+    return TokenMoves((slots.to(device), places.to(device)), (rows.to(home), places.to(home)))
+
+
+def _index(slots: Sequence[int], rows: Mapping[int, int]) -> Index:
     found = [rows[slot] for slot in slots]
     return torch.tensor(slots, dtype=torch.long), torch.tensor(found, dtype=torch.long)
 

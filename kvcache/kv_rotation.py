@@ -1,7 +1,7 @@
 """KV of running sequences that lies on the host or on NVMe, brought to the device layer by layer.
 
 A pass goes through its layers once. Within each, its micro-batches come to the device one after
-the other: while one is attended to, the next one's pieces are read from NVMe and the last one's are
+the other: while one is attended to, the next ones' pieces are read from NVMe and the last one's are
 written back, so that the batch is bounded by host and NVMe memory and each weight still moves once
 (the block schedule of FlexGen, Sheng et al., 2023, with the batch within the layer).
 """
@@ -21,11 +21,11 @@ import torch
 
 from kvcache.arena import ALIGNMENT, Arena
 from kvcache.block_pool import CachedBlock
-from kvcache.checksum import PieceChecksum
+from kvcache.checksum import checksums
 from kvcache.kept_index import KeptIndex
 from kvcache.kv_codec import codecs
 from kvcache.kv_file import KVFile
-from kvcache.kv_moves import KVMoves, moves_of, slots_of
+from kvcache.kv_moves import Index, KVMoves, TokenMoves, moves_of, slots_of
 from kvcache.kv_store import KVStore, KVViews, layer_views
 from kvcache.micro_batch import CHUNK_BYTES, NUM_BUFFERS, MicroBatch
 from kvcache.storage.posix import PosixBackend
@@ -115,7 +115,6 @@ class KVRotation:
             assert folder is not None, "NVMe blocks need a folder"
             backend = PosixBackend(chunk_bytes=CHUNK_BYTES)
             self._file = KVFile(folder, self._strides, num_nvme_blocks, backend, kept_as)
-        self._checks = [PieceChecksum(stride) for stride in self._strides]
         self._sums = torch.zeros(len(self._strides), num_nvme_blocks, dtype=torch.int64)
         self.kept: dict[int, bytes] = {}
         """The content of blocks that an earlier process kept, oldest use first."""
@@ -307,20 +306,34 @@ class KVRotation:
         link = Link("kv", Tier.HOST, Tier.DEVICE)
         begun_s = self.transfers.begin(link)
         part = self._part(job, Tier.DEVICE)
-        found = _words(self._tails.rows[:, part])[rows].to(buffer.device)
+        found = _words(self._tails.rows[:, part]).index_select(0, rows).to(buffer.device)
         _words(buffer[:, : part.stop - part.start]).index_copy_(0, slots.to(buffer.device), found)
         self.transfers.end(link, found.nbytes, begun_s, f"layer {job.layer}")
 
-    def _scatter_tails(self, job: _Job, buffer: torch.Tensor) -> None:
-        slots, rows = job.moves.kept
-        if not rows.shape[0]:
-            return
-        link = Link("kv", Tier.DEVICE, Tier.HOST)
-        begun_s = self.transfers.begin(link)
-        part = self._part(job, Tier.DEVICE)
-        written = buffer[slots.to(buffer.device), : part.stop - part.start].cpu()
-        _words(self._tails.rows[:, part]).index_copy_(0, rows, _words(written))
-        self.transfers.end(link, written.nbytes, begun_s, f"layer {job.layer}")
+    def _scatter_tokens(self, job: _Job, tokens: TokenMoves, home: torch.Tensor) -> int:
+        """Bring tokens to the blocks ``home`` [N, block_bytes], which are as on the device. Returns
+        the bytes."""
+        piece, layout = self._pieces[job.layer], self._store.layout
+        sources = layer_views(self._buffer(job), piece, layout, job.layer, at=0)
+        targets = layer_views(home, piece, layout, job.layer)
+        moved = 0
+        for source, target in zip(sources, targets, strict=True):
+            found = source[tokens.slots].to(home.device)
+            target.index_put_(tokens.rows, found)
+            moved += found.nbytes
+        return moved
+
+    def _scatter_pieces(self, job: _Job, pieces: Index, home: torch.Tensor) -> int:
+        """Bring pieces to the host's blocks ``home``, which are in the storage dtype. Returns the
+        bytes."""
+        slots, rows = pieces
+        part = self._part(job, Tier.HOST)
+        if job.stored:
+            found = self._landing(job)[slots.cpu(), : part.stop - part.start]
+        else:
+            found = self._put_down(job, self._buffer(job)[slots])
+        _words(home[:, part]).index_copy_(0, rows, _words(found))
+        return found.nbytes
 
     def _read(self, job: _Job) -> None:
         """Start the job's reads from NVMe."""
@@ -361,7 +374,7 @@ class KVRotation:
                 logger.warning("KV is lost: %s", error)
                 lost.update(slots_of(run))
         job.reads.clear()
-        found = self._checks[job.layer].of(landing[moves.on_nvme])
+        found = checksums(landing[moves.on_nvme])
         wrong = moves.wanted & (found != self._sums[job.layer][moves.places])
         if wrong.any():
             logger.warning("KV is lost: %d blocks fail their checksum", int(wrong.sum()))
@@ -381,19 +394,21 @@ class KVRotation:
     def _scatter(self, job: _Job) -> None:
         """Bring the written slots home; to NVMe behind the computation."""
         buffer, landing = self._buffer(job), self._landing(job)
-        for tier, slots, rows in job.moves.scatters:
-            part = self._part(job, tier)
-            link = Link("kv", Tier.DEVICE, tier)
+        as_stored = job.stored or self._codecs[job.layer] is not None
+        for scatter in job.moves.scatters:
+            link = Link("kv", Tier.DEVICE, scatter.tier)
             begun_s = self.transfers.begin(link)
-            if tier is Tier.DEVICE:
-                written = buffer[slots, : part.stop - part.start]
-            elif job.stored:
-                written = landing[slots.cpu(), : part.stop - part.start]
+            home = self._homes[scatter.tier]
+            if scatter.tier is Tier.HOST and as_stored:
+                moved = self._scatter_pieces(job, scatter.pieces, home)
             else:
-                written = self._put_down(job, buffer[slots])
-            _words(self._homes[tier][:, part]).index_copy_(0, rows, _words(written))
-            self.transfers.end(link, written.nbytes, begun_s, f"layer {job.layer}")
-        self._scatter_tails(job, buffer)
+                moved = self._scatter_tokens(job, scatter.tokens, home)
+            self.transfers.end(link, moved, begun_s, f"layer {job.layer}")
+        if job.moves.kept.rows[0].shape[0]:
+            link = Link("kv", Tier.DEVICE, Tier.HOST)
+            begun_s = self.transfers.begin(link)
+            moved = self._scatter_tokens(job, job.moves.kept, self._tails.rows)
+            self.transfers.end(link, moved, begun_s, f"layer {job.layer}")
         for run in job.moves.writes:
             if self._staged and not job.stored:
                 landing[run, : self._stored[job.layer].num_bytes] = self._put_down(job, buffer[run])
@@ -402,7 +417,7 @@ class KVRotation:
     def _write(self, job: _Job, run: slice, pieces: torch.Tensor) -> None:
         assert self._file is not None
         block = self._on_nvme(job, run)
-        sums = self._checks[job.layer].of(pieces)
+        sums = checksums(pieces)
         self._sums[job.layer, block : block + pieces.shape[0]] = sums
         link = Link("kv", Tier.DEVICE, Tier.NVME)
         count = partial(self._count, link, pieces.nbytes, self.transfers.begin(link), job)
@@ -422,13 +437,14 @@ class KVRotation:
     ) -> None:
         """Copy whole blocks from or to rows in memory, as passes of their own."""
         order = sorted(zip(blocks, rows, strict=True), key=lambda pair: pair[0])
+        whole_block = range(self._store.layout.block_size)
         for start in range(0, len(order), self.num_slots):
             chosen, memory = zip(*order[start : start + self.num_slots], strict=True)
             whole = MicroBatch(
                 members=(),
                 blocks=chosen,
                 num_loaded=0 if write else len(chosen),
-                written=tuple(range(len(chosen))) if write else (),
+                written=dict.fromkeys(range(len(chosen)), whole_block) if write else {},
             )
             self.begin([whole])
             for spec in self._store.layout.layers:

@@ -151,7 +151,7 @@ class KVStore:
 
     def _convert(self, source: torch.Tensor, target: torch.Tensor, tier: Tier) -> None:
         """Bring a row between device and host, in the form that ``tier``, the target's, has."""
-        if self.layout.storage_dtype == "auto":
+        if source.shape == target.shape:  # as it always is without a storage dtype
             target.copy_(source)
             return
         if tier is Tier.DEVICE:

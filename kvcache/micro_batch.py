@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 
-NUM_BUFFERS = 3
-"""Of the rotation: one that is attended to, one that is read into, one that is written back."""
+NUM_BUFFERS = 4
+"""Of the rotation: one that is attended to, two that are read into, so that the disk need not wait
+for the attention, and one that is written back."""
 
 
 MAX_GAP = 2
 """Blocks that are read without being wanted, between two that are."""
 
-CHUNK_BYTES = 1 << 20
-"""What is read from NVMe at once, of neighbouring blocks."""
+CHUNK_BYTES = 4 << 20
+"""What is read from NVMe at once, of neighbouring blocks: each read costs the threads that compute
+a few tenths of a millisecond."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockUse:
-    """What one sequence needs of its blocks in a pass: the first ``num_loaded`` hold earlier
-    tokens, those from ``first_written`` on take new ones. ``unfinished``: the pass leaves room in
-    the last block, so that the next pass writes to it again."""
+    """What one sequence needs of its blocks in a pass, which adds ``tokens`` to them: positions of
+    the sequence, the last of which lies in the last block."""
 
     block_ids: tuple[int, ...]
-    num_loaded: int
-    first_written: int
-    unfinished: bool = False
+    tokens: range
+    block_size: int
+
+    def __post_init__(self) -> None:
+        assert self.tokens and len(self.block_ids) == -(-self.tokens.stop // self.block_size)
+
+    @property
+    def num_loaded(self) -> int:
+        """How many of the blocks hold earlier tokens."""
+        return -(-self.tokens.start // self.block_size)
+
+    @property
+    def written(self) -> Iterator[tuple[int, range]]:
+        """The blocks that take new tokens, and their places in them."""
+        size = self.block_size
+        for index in range(self.tokens.start // size, len(self.block_ids)):
+            start, stop = self.tokens.start - index * size, self.tokens.stop - index * size
+            yield self.block_ids[index], range(max(0, start), min(stop, size))
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the pass leaves room in the last block, so that the next writes to it again."""
+        return self.tokens.stop % self.block_size > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +55,16 @@ class MicroBatch:
     """Blocks that are on the device together, a layer at a time.
 
     ``blocks[slot]`` is the block whose piece comes to a slot; the first ``num_loaded`` of them hold
-    earlier tokens, in ascending order; ``written`` are the slots that take new ones, ``unfinished``
-    those of them that will take more. ``members`` are the positions of the sequences in the pass.
-    ``bridges`` are loaded slots of which nothing is wanted: their blocks lie between two that are,
-    and one long read is faster than two short ones.
+    earlier tokens, in ascending order; ``written`` are the slots that take new ones, ascending,
+    with their places in the block, ``unfinished`` those of them that will take more. ``members``
+    are the positions of the sequences in the pass. ``bridges`` are loaded slots of which nothing is
+    wanted: their blocks lie between two that are, and one long read is faster than two short ones.
     """
 
     members: tuple[int, ...]
     blocks: tuple[int, ...]
     num_loaded: int
-    written: tuple[int, ...]
+    written: Mapping[int, range]
     unfinished: frozenset[int] = frozenset()
     bridges: frozenset[int] = frozenset()
 
@@ -90,21 +111,23 @@ def _micro_batch(
     uses: Mapping[int, BlockUse], members: Sequence[int], num_slots: int, first_read: int | None
 ) -> MicroBatch:
     loaded: set[int] = set()
-    written: set[int] = set()
+    written: dict[int, range] = {}
     for use in (uses[position] for position in members):
         loaded.update(use.block_ids[: use.num_loaded])
-        written.update(use.block_ids[use.first_written :])
-    last = {uses[p].block_ids[-1] for p in members if uses[p].unfinished}
-    room = num_slots - len(loaded | written)
-    between = [] if first_read is None else _between(sorted(loaded), first_read, room, written)
-    loaded.update(between)
-    blocks = (*sorted(loaded), *sorted(written - loaded))
+        written.update(use.written)
+    last = {uses[p].block_ids[-1] for p in members if uses[p].is_unfinished}
+    room = num_slots - len(loaded | written.keys())
+    between: list[int] = []
+    if first_read is not None:
+        between = _between(sorted(loaded), first_read, room, written.keys())
+        loaded.update(between)
+    blocks = (*sorted(loaded), *sorted(written.keys() - loaded))
     slots = {block: slot for slot, block in enumerate(blocks)}
     return MicroBatch(
         members=tuple(members),
         blocks=blocks,
         num_loaded=len(loaded),
-        written=tuple(sorted(slots[block] for block in written)),
+        written={slot: written[block] for slot, block in enumerate(blocks) if block in written},
         unfinished=frozenset(slots[block] for block in last),
         bridges=frozenset(slots[block] for block in between),
     )

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvcache.layout import DTYPE_BYTES
-from kvcache.micro_batch import NUM_BUFFERS
+from kvcache.layout import ACTIVATION_BUFFERS, DTYPE_BYTES
 from kvcache.tier import TierBudget
 from partition.bandwidths import Bandwidths
 from partition.cost import PAGE_BYTES, Array, page_rounded
@@ -65,7 +64,7 @@ def _room(
     pages = (2 * math.ceil(wanted_tokens / slice_tokens) + 1) * PAGE_BYTES
     wanted = page_rounded(wanted_tokens * row_bytes) + pages
     slice_bytes = page_rounded(slice_tokens * row_bytes)
-    buffers = NUM_BUFFERS * slice_bytes
+    buffers = ACTIVATION_BUFFERS * slice_bytes
     host, nvme = min(wanted, host_bytes), 0
     if host < wanted and nvme_bytes and host >= buffers:
         # what is left of the host's part beside its last slice holds none

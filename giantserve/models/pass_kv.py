@@ -141,7 +141,6 @@ def _use(spec: ChunkSpec, block_size: int) -> BlockUse:
     used = -(-(spec.start + spec.length) // block_size)
     return BlockUse(
         block_ids=tuple(spec.block_ids[:used]),
-        num_loaded=-(-spec.start // block_size),
-        first_written=spec.start // block_size,
-        unfinished=(spec.start + spec.length) % block_size > 0,
+        tokens=range(spec.start, spec.start + spec.length),
+        block_size=block_size,
     )

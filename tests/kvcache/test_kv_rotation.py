@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from kvcache.arena import Arena
 from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import CachedBlock
-from kvcache.checksum import PieceChecksum
+from kvcache.checksum import checksums
 from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore, layer_views
 from kvcache.layout import STORAGE_DTYPES, KVLayerSpec, KVLayout
@@ -28,9 +29,10 @@ LAYOUT = KVLayout(
         KVLayerSpec(layer=layer, key_heads=2, key_dim=dim, value_heads=1, value_dim=4)
         for layer, dim in ((3, 8), (4, 520), (6, 3))
     ),
-    block_size=2,
+    block_size=4,
     dtype="float32",
 )
+SIZE = LAYOUT.block_size
 DEVICE, HOST, NVME, SLOTS = 3, 4, 6, 5
 TOTAL = DEVICE + HOST + NVME
 
@@ -68,9 +70,27 @@ def copy_of(source: Tier, source_id: int, target: Tier, target_id: int) -> Block
     return BlockCopy(source=source, source_id=source_id, target=target, target_id=target_id)
 
 
-uses = st.lists(
-    st.tuples(
-        st.lists(st.integers(0, TOTAL - 1), min_size=1, max_size=SLOTS, unique=True), st.booleans()
+class Step(NamedTuple):
+    """What one sequence does in a pass: it adds ``added`` tokens, the last of which leaves ``room``
+    in the last of ``block_ids``; or as many as there is place for."""
+
+    block_ids: tuple[int, ...]
+    added: int
+    room: int
+
+    @property
+    def use(self) -> BlockUse:
+        end = len(self.block_ids) * SIZE - self.room
+        tokens = range(max(0, end - self.added), end)
+        return BlockUse(block_ids=self.block_ids, tokens=tokens, block_size=SIZE)
+
+
+steps = st.lists(
+    st.builds(
+        Step,
+        st.lists(st.integers(0, TOTAL - 1), min_size=1, max_size=SLOTS, unique=True).map(tuple),
+        st.integers(1, 2 * SIZE),
+        st.integers(0, SIZE - 1),
     ),
     max_size=5,
 )
@@ -78,50 +98,65 @@ uses = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    passes=st.lists(uses, min_size=1, max_size=8),
+    passes=st.lists(steps, min_size=1, max_size=8),
     num_tail_blocks=st.integers(0, 4),
     demoted=st.lists(st.integers(DEVICE, TOTAL - 1), max_size=3),
     storage_dtype=st.sampled_from(STORAGE_DTYPES),
+    seed=st.integers(0, 1 << 32),
 )
 def test_every_block_keeps_what_was_written(
-    passes: list[list[tuple[list[int], bool]]],
+    passes: list[list[Step]],
     num_tail_blocks: int,
     demoted: list[int],
     storage_dtype: str,
+    seed: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Each sequence reads all its blocks, and writes the last one whole; after each pass some
-    blocks go down to the host and come up again."""
-    known: dict[tuple[int, int], float] = {}
-    stamp = 0.0
+    """Each sequence reads its blocks and adds its tokens; after each pass some blocks go down to
+    the host and come up again. Elements are 1 or -1, which any storage dtype holds beside each
+    other. What lies past a sequence's last token is nobody's."""
+    generator = torch.Generator().manual_seed(seed)
+    known = {
+        (spec.layer, block, place): (torch.ones(()), torch.ones(()))
+        for spec in LAYOUT.layers
+        for block in range(TOTAL)
+        for place in range(SIZE)
+    }
     folder = tmp_path_factory.mktemp("rotation")
     with rotation(folder, num_tail_blocks, storage_dtype) as (store, rotating):
-        for sequences in passes:
+        for view in (view for spec in LAYOUT.layers for view in store.layer(spec.layer)):
+            view.fill_(1.0)
+        for block in range(1, TOTAL):
+            store.copy([copy_of(Tier.DEVICE, 0, Tier.DEVICE, block)])
+        for steps in passes:
             free = set(range(TOTAL))
             chosen = {}
-            for index, (block_ids, unfinished) in enumerate(sequences):
-                if set(block_ids) <= free:
-                    free -= set(block_ids)
-                    chosen[index] = BlockUse(
-                        block_ids=tuple(block_ids),
-                        num_loaded=len(block_ids),
-                        first_written=len(block_ids) - 1,
-                        unfinished=unfinished,
-                    )
+            for index, step in enumerate(steps):
+                if set(step.block_ids) <= free:
+                    free -= set(step.block_ids)
+                    chosen[index] = step.use
             micro_batches = deal(chosen, SLOTS)
             rotating.begin(micro_batches)
             for spec in LAYOUT.layers:
                 for micro_batch in micro_batches:
-                    keys, values = rotating.take(spec.layer)
+                    views = rotating.take(spec.layer)
                     for slot, block in enumerate(micro_batch.blocks):
-                        value = torch.tensor(known.get((spec.layer, block), 0.0))
-                        # one value fills a block: any storage dtype holds it, but for its scale
-                        torch.testing.assert_close(keys[slot], value.expand_as(keys[slot]))
-                        torch.testing.assert_close(values[slot], -value.expand_as(values[slot]))
-                    for slot in micro_batch.written:
-                        stamp += 1.0
-                        keys[slot], values[slot] = stamp, -stamp
-                        known[spec.layer, micro_batch.blocks[slot]] = stamp
+                        for place in range(SIZE if slot < micro_batch.num_loaded else 0):
+                            found = known.get((spec.layer, block, place), ())
+                            for view, value in zip(views, found, strict=False):
+                                there = view[slot, place]
+                                torch.testing.assert_close(there, value.expand_as(there))
+                    for slot, places in micro_batch.written.items():
+                        for place in range(places.stop, SIZE):
+                            known.pop((spec.layer, micro_batch.blocks[slot], place), None)
+                        for place in places:
+                            token = tuple(
+                                torch.randint(0, 2, view.shape[2:], generator=generator) * 2.0 - 1
+                                for view in views
+                            )
+                            known[spec.layer, micro_batch.blocks[slot], place] = token
+                            for view, value in zip(views, token, strict=True):
+                                view[slot, place] = value
                     rotating.put_back()
             rotating.end()
             tails = rotating._tails
@@ -139,13 +174,8 @@ def test_a_block_reaches_the_disk_once_it_is_full(tmp_path: Path) -> None:
     to_nvme, from_nvme = Link("kv", Tier.DEVICE, Tier.NVME), Link("kv", Tier.NVME, Tier.DEVICE)
     for num_tail_blocks, moved in ((0, (3 * strides, 2 * strides)), (1, (strides, 0))):
         with rotation(tmp_path, num_tail_blocks) as (_, rotating):
-            for num_loaded, unfinished in ((0, True), (1, True), (1, False)):
-                use = BlockUse(
-                    block_ids=(block,),
-                    num_loaded=num_loaded,
-                    first_written=0,
-                    unfinished=unfinished,
-                )
+            for tokens in (range(1), range(1, 3), range(3, SIZE)):
+                use = BlockUse(block_ids=(block,), tokens=tokens, block_size=SIZE)
                 rotating.begin(deal({0: use}, SLOTS))
                 for spec in LAYOUT.layers:
                     rotating.take(spec.layer)
@@ -202,10 +232,10 @@ def test_a_storage_dtype_rounds_once(storage_dtype: str, tmp_path: Path) -> None
 
 def test_a_flipped_bit_on_disk_is_found(tmp_path: Path) -> None:
     block = DEVICE + HOST + 2
-    use = {0: BlockUse(block_ids=(block,), num_loaded=1, first_written=0)}
-    micro_batches = deal(use, SLOTS)
+    whole = Step((block,), added=SIZE, room=0).use
+    last = Step((block,), added=1, room=0).use
     with rotation(tmp_path) as (store, rotating):
-        rotating.begin(micro_batches)
+        rotating.begin(deal({0: whole}, SLOTS))
         for spec in LAYOUT.layers:
             rotating.take(spec.layer)[0].fill_(1.0)
             rotating.put_back()
@@ -217,7 +247,7 @@ def test_a_flipped_bit_on_disk_is_found(tmp_path: Path) -> None:
         rotating._file._backend.read(file, offset, page)
         page[17] ^= 4
         rotating._file._backend.write(file, offset, page)
-        rotating.begin(micro_batches)
+        rotating.begin(deal({0: last}, SLOTS))
         for spec in LAYOUT.layers:
             keys, _ = rotating.take(spec.layer)
             assert (keys[0] == (0.0 if spec.layer == 4 else 1.0)).all()
@@ -236,7 +266,7 @@ def test_a_flipped_bit_on_disk_is_found(tmp_path: Path) -> None:
 def test_the_buffers_are_counted(tmp_path: Path) -> None:
     with rotation(tmp_path) as (_, rotating):
         stride = max(rotating._strides)
-        assert stride % 4096 == 0 and stride > 2 * (2 * 520 + 4) * 4
+        assert stride % 4096 == 0 and stride > SIZE * (2 * 520 + 4) * 4
         assert len(rotating._buffers) == NUM_BUFFERS
         assert all(buffer.nbytes == SLOTS * stride for buffer in rotating._buffers)
     assert (tmp_path / "kv").stat().st_mode & 0o777 == 0o700
@@ -249,20 +279,11 @@ def test_the_buffers_are_counted(tmp_path: Path) -> None:
     rows=st.integers(1, 3),
 )
 def test_changed_bits_change_the_checksum(seed: int, bits: set[int], rows: int) -> None:
-    checksum = PieceChecksum(1024)
     generator = torch.Generator().manual_seed(seed)
     pieces = torch.randint(0, 256, (rows, 1024), dtype=torch.uint8, generator=generator)
-    before = checksum.of(pieces)
+    before = checksums(pieces)
     assert before.shape == (rows,)
     for bit in bits:
         pieces[rows - 1, bit // 8] ^= 1 << bit % 8
-    after = checksum.of(pieces)
+    after = checksums(pieces)
     assert torch.equal(before[:-1], after[:-1]) and before[-1] != after[-1]
-
-
-def test_sectors_and_words_in_another_order_have_another_checksum() -> None:
-    piece = torch.randint(0, 256, (1, 8, 64, 8), dtype=torch.uint8)
-    checksum = PieceChecksum(piece.numel())
-    known = checksum.of(piece.view(1, -1))
-    for other in (piece.flip(1), piece.flip(2), piece.roll(1, 1), piece.roll(1, 2)):
-        assert checksum.of(other.contiguous().view(1, -1)) != known

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from kvcache.micro_batch import BlockUse, MicroBatch, deal
 
+SIZE = 4
+LAST = range(SIZE - 1, SIZE)
+
 
 def decode(*block_ids: int) -> BlockUse:
-    """A sequence whose new token goes into its last block."""
-    return BlockUse(
-        block_ids=block_ids, num_loaded=len(block_ids), first_written=len(block_ids) - 1
-    )
+    """A sequence whose new token fills its last block."""
+    return use(block_ids, range(SIZE * len(block_ids) - 1, SIZE * len(block_ids)))
+
+
+def use(block_ids: tuple[int, ...], tokens: range) -> BlockUse:
+    return BlockUse(block_ids=block_ids, tokens=tokens, block_size=SIZE)
 
 
 def test_sequences_share_a_micro_batch_while_their_blocks_fit() -> None:
     uses = {0: decode(9, 8), 2: decode(3), 3: decode(5, 4), 7: decode(6)}
     assert deal(uses, 3) == (
-        MicroBatch(members=(0, 2), blocks=(3, 8, 9), num_loaded=3, written=(0, 1)),
-        MicroBatch(members=(3, 7), blocks=(4, 5, 6), num_loaded=3, written=(0, 2)),
+        MicroBatch(members=(0, 2), blocks=(3, 8, 9), num_loaded=3, written={0: LAST, 1: LAST}),
+        MicroBatch(members=(3, 7), blocks=(4, 5, 6), num_loaded=3, written={0: LAST, 2: LAST}),
     )
     assert [m.members for m in deal(uses, 2)] == [(0,), (2,), (3,), (7,)]
     assert deal({}, 3) == ()
@@ -36,22 +39,28 @@ def test_micro_batches_are_even() -> None:
 def test_a_shared_block_comes_once() -> None:
     (together,) = deal({0: decode(1, 2, 7), 1: decode(1, 2, 5)}, 4)
     assert together.blocks == (1, 2, 5, 7)
-    assert together.written == (2, 3)
+    assert together.written == {2: LAST, 3: LAST}
     assert together.slots == {1: 0, 2: 1, 5: 2, 7: 3}
 
 
 def test_a_block_with_room_left_is_unfinished() -> None:
-    full, open_ = decode(1, 2), replace(decode(7, 5), unfinished=True)
+    full, open_ = decode(1, 2), use((7, 5), range(5, 7))
     (together,) = deal({0: full, 1: open_}, 4)
     assert together.blocks == (1, 2, 5, 7)
-    assert together.written == (1, 2) and together.unfinished == {2}
+    assert together.written == {1: LAST, 2: range(1, 3)} and together.unfinished == {2}
 
 
 def test_blocks_that_hold_nothing_yet_are_not_loaded() -> None:
     # 3 blocks of a prompt: the first is full, the second half full, the third and fourth new
-    prompt = BlockUse(block_ids=(4, 9, 2, 7), num_loaded=2, first_written=1)
+    prompt = use((4, 9, 2, 7), range(6, 15))
     (alone,) = deal({0: prompt}, 4)
-    assert alone == MicroBatch(members=(0,), blocks=(4, 9, 2, 7), num_loaded=2, written=(1, 2, 3))
+    assert alone == MicroBatch(
+        members=(0,),
+        blocks=(4, 9, 2, 7),
+        num_loaded=2,
+        written={1: range(2, 4), 2: range(4), 3: range(3)},
+        unfinished=frozenset({3}),
+    )
 
 
 def test_small_gaps_of_what_is_read_are_bridged() -> None:
@@ -65,10 +74,10 @@ def test_small_gaps_of_what_is_read_are_bridged() -> None:
 
 
 def test_a_block_that_is_new_may_be_a_bridge() -> None:
-    new = BlockUse(block_ids=(4, 5), num_loaded=1, first_written=1)
+    new = use((4, 5), range(4, 8))
     (together,) = deal({0: new, 1: decode(6)}, 3, first_read=0)
     assert together.blocks == (4, 5, 6) and together.num_loaded == 3
-    assert together.bridges == {1} and together.written == (1, 2)
+    assert together.bridges == {1} and together.written == {1: range(4), 2: LAST}
 
 
 def test_a_sequence_longer_than_the_buffer_is_refused() -> None:

@@ -91,7 +91,7 @@ class Oracle:
             host_share=sizing.stored.host_share,
             nvme_share=sizing.stored.nvme_share,
             storage_dtype=sizing.kv_storage_dtype,
-            kv_read_bytes=min(1 << 20, blocks * sizing.stored.nvme_piece_bytes) or math.inf,
+            kv_read_bytes=min(4 << 20, blocks * sizing.stored.nvme_piece_bytes) or math.inf,
             kv_write_bytes=sizing.stored.nvme_piece_bytes or math.inf,
             micro_batches=math.ceil(
                 Fraction(math.ceil(used / passes) * (beyond - stays), used)
