@@ -20,7 +20,7 @@ import torch
 
 from kvcache.arena import ALIGNMENT, Arena
 from kvcache.checksum import checksums
-from kvcache.layout import ACTIVATION_BUFFERS
+from kvcache.micro_batch import ACTIVATION_BUFFERS
 from kvcache.private_folder import make_private
 from kvcache.storage import DirectFile, reserve
 from kvcache.storage.posix import PosixBackend

@@ -67,6 +67,7 @@ def moves_of(
     first_nvme: int,
     tails: Mapping[int, int],
     kept: Mapping[int, int],
+    block_size: int,
     device: torch.device,
 ) -> KVMoves:
     """The moves of ``micro_batch``, whose blocks lie on ``device`` before ``first_host``, on the
@@ -87,16 +88,16 @@ def moves_of(
             gathers.append((tier, come, rows.to(home)))
         go = {slot: blocks[slot] - region.start for slot in written if blocks[slot] in region}
         if go:
-            slots, rows = _index(sorted(go), go)
+            slots, rows = _index(list(go), go)
             tokens = _tokens([(slot, row, written[slot]) for slot, row in go.items()], device, home)
             scatters.append(Scatter(tier, tokens, (slots.to(device), rows.to(home))))
     on_nvme = range(nvme, loaded)
     near = sorted(slot for slot in tails if slot in on_nvme)
     unwanted = micro_batch.bridges.union(near)
     behind = [slot for slot in written if blocks[slot] >= first_nvme]
-    # a block that comes to a tail row brings what it holds
+    # a block that comes to a tail row comes whole
     to_tails = [
-        (slot, kept[slot], written[slot] if slot in tails else range(written[slot].stop))
+        (slot, kept[slot], written[slot] if slot in tails else range(block_size))
         for slot in sorted(kept)
     ]
     return KVMoves(

@@ -39,12 +39,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One micro-batch at one layer. ``stored``: what goes home is in the landing already."""
+    """One micro-batch at one layer. ``stored``: what goes home is in the landing already.
+    ``brought_up``: on CUDA, the end of the copies from the landing."""
 
     layer: int
     moves: KVMoves
     buffer: int
     stored: bool = False
+    brought_up: torch.cuda.Event | None = None
     reads: list[tuple[slice, Future[None]]] = field(default_factory=list)
     writes: list[tuple[slice, Future[None]]] = field(default_factory=list)
 
@@ -152,7 +154,11 @@ class KVRotation:
         self._wait_for_reads(job, landing)
         if self._staged:
             self._bring_up(job, landing[job.moves.beyond], buffer[job.moves.beyond])
+            if buffer.is_cuda:
+                job.brought_up = torch.cuda.current_stream(buffer.device).record_event()
         self._gather_tails(job, buffer)
+        blocks = job.moves.micro_batch
+        buffer[blocks.num_loaded : len(blocks.blocks)].zero_()  # else a codec weighs what was there
         return layer_views(buffer, self._pieces[job.layer], self._store.layout, job.layer, at=0)
 
     def host_views(self, layer: int) -> KVViews:
@@ -167,7 +173,7 @@ class KVRotation:
         self._at += 1
         self._scatter(job)
         if self._at >= 2:
-            self._wait_for_writes(self._jobs[self._at - 2])
+            self._free_landing(self._jobs[self._at - 2])
         following = self._at + NUM_BUFFERS - 2
         if following < len(self._jobs):
             self._read(self._jobs[following])
@@ -178,7 +184,7 @@ class KVRotation:
         for job in self._jobs[max(0, first - 1) : first + NUM_BUFFERS]:
             for _, future in job.reads:
                 future.exception()
-            self._wait_for_writes(job)
+            self._free_landing(job)
         for block in {block for job in self._jobs for block in job.moves.filled}:
             self._tails.drop(block)
 
@@ -265,8 +271,8 @@ class KVRotation:
         blocks = micro_batch.blocks
         before = {slot: self._tails[b] for slot, b in enumerate(blocks) if b in self._tails}
         after = {slot: self._tails[blocks[slot]] for slot in self._keep_tails(micro_batch)}
-        device = self._buffers[0].device
-        return moves_of(micro_batch, self.first_host, self.first_nvme, before, after, device)
+        device, size = self._buffers[0].device, self._store.layout.block_size
+        return moves_of(micro_batch, self.first_host, self.first_nvme, before, after, size, device)
 
     def _gather(self, job: _Job, landing: torch.Tensor, buffer: torch.Tensor) -> None:
         """Bring what lies on the device and on the host into the slots."""
@@ -366,8 +372,14 @@ class KVRotation:
             wait([future for _, future in job.reads])
             self.transfers.add_stall(begun_s, f"KV of layer {job.layer}")
         moves = job.moves
-        if not job.reads:
-            return
+        if job.reads:
+            self._check_reads(job, landing)
+        for slot in moves.blank:
+            landing[slot] = 0
+
+    def _check_reads(self, job: _Job, landing: torch.Tensor) -> None:
+        """What failed, or fails its checksum, is lost."""
+        moves = job.moves
         lost: set[int] = set()
         for run, future in job.reads:
             if (error := future.exception()) is not None:
@@ -381,8 +393,6 @@ class KVRotation:
             lost.update((wrong.nonzero().flatten() + moves.on_nvme.start).tolist())
         first: int = moves.on_nvme.start
         self._lose(job, [slot for slot in lost if moves.wanted[slot - first]], landing)
-        for slot in moves.blank:
-            landing[slot] = 0
 
     def _lose(self, job: _Job, slots: Iterable[int], landing: torch.Tensor | None = None) -> None:
         """The blocks at ``slots`` have lost their content."""
@@ -425,7 +435,10 @@ class KVRotation:
         future.add_done_callback(count)
         job.writes.append((run, future))
 
-    def _wait_for_writes(self, job: _Job) -> None:
+    def _free_landing(self, job: _Job) -> None:
+        """Wait until nothing reads the job's landing any more."""
+        if job.brought_up is not None:
+            job.brought_up.synchronize()
         for run, future in job.writes:
             if (error := future.exception()) is not None:
                 logger.warning("KV is lost: %s", error)

@@ -11,10 +11,6 @@ block."""
 
 SCALE_BYTES = 4
 
-ACTIVATION_BUFFERS = 3
-"""On the host, of a slice's states on their way to and from NVMe: one that is computed, one that is
-read, one that is written."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayerSpec:

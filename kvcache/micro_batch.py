@@ -10,6 +10,9 @@ NUM_BUFFERS = 4
 """Of the rotation: one that is attended to, two that are read into, so that the disk need not wait
 for the attention, and one that is written back."""
 
+ACTIVATION_BUFFERS = 3
+"""On the host, of a slice's states on their way to and from NVMe: one that is computed, one that is
+read, one that is written."""
 
 MAX_GAP = 2
 """Blocks that are read without being wanted, between two that are."""

@@ -13,7 +13,7 @@ from partition.bandwidths import Bandwidths
 from partition.errors import PlanError
 from partition.links import Link
 
-CALIBRATION_VERSION = 9
+CALIBRATION_VERSION = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,9 +79,9 @@ class PassShape:
     """The tokens of a pass and the cache they read: ``num_sequences`` times ``context`` positions,
     of which the share ``host_kv`` lies on the host and ``nvme_kv`` on NVMe, and comes in
     ``micro_batches``, while ``attended_kv`` stays on the host and is attended to there. Of a
-    sequence on NVMe so many tokens are ``written`` back, of one on the host ``rewritten``. On the
-    host a byte becomes ``host_share``, on NVMe ``nvme_share``, both in ``storage_dtype``; NVMe is
-    read by ``kv_read_bytes`` and written by ``kv_write_bytes``."""
+    sequence on NVMe so many tokens are ``written`` back, of one on the host ``rewritten`` where
+    they change their dtype. On the host a byte becomes ``host_share``, on NVMe ``nvme_share``, both
+    in ``storage_dtype``; NVMe is read by ``kv_read_bytes`` and written by ``kv_write_bytes``."""
 
     num_tokens: int
     num_sequences: int

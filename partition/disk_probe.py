@@ -20,7 +20,7 @@ from pathlib import Path
 from partition.bandwidths import DiskRate
 
 REQUEST_BYTES = 8 << 20
-BLOCK_BYTES = (16 << 10, 64 << 10, 256 << 10, 1 << 20)
+BLOCK_BYTES = (16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
 """Of the smaller requests, such as those of a layer's KV or of an expert."""
 NUM_THREADS = 4
 FILE_BYTES = 512 << 20

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvcache.layout import ACTIVATION_BUFFERS, DTYPE_BYTES
+from kvcache.layout import DTYPE_BYTES
+from kvcache.micro_batch import ACTIVATION_BUFFERS
 from kvcache.tier import TierBudget
 from partition.bandwidths import Bandwidths
 from partition.cost import PAGE_BYTES, Array, page_rounded

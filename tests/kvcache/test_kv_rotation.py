@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -113,8 +113,8 @@ def test_every_block_keeps_what_was_written(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """Each sequence reads its blocks and adds its tokens; after each pass some blocks go down to
-    the host and come up again. Elements are 1 or -1, which any storage dtype holds beside each
-    other. What lies past a sequence's last token is nobody's."""
+    the host and come up again. Elements of a block are of one size, which any storage dtype holds,
+    unless something else weighs in. What lies past a sequence's last token is nobody's."""
     generator = torch.Generator().manual_seed(seed)
     known = {
         (spec.layer, block, place): (torch.ones(()), torch.ones(()))
@@ -122,6 +122,7 @@ def test_every_block_keeps_what_was_written(
         for block in range(TOTAL)
         for place in range(SIZE)
     }
+    sizes = dict.fromkeys(range(TOTAL), 1.0)
     folder = tmp_path_factory.mktemp("rotation")
     with rotation(folder, num_tail_blocks, storage_dtype) as (store, rotating):
         for view in (view for spec in LAYOUT.layers for view in store.layer(spec.layer)):
@@ -135,26 +136,34 @@ def test_every_block_keeps_what_was_written(
                 if set(step.block_ids) <= free:
                     free -= set(step.block_ids)
                     chosen[index] = step.use
-            micro_batches = deal(chosen, SLOTS)
+            micro_batches = deal(chosen, SLOTS, rotating.first_nvme)
+            for micro_batch in micro_batches:
+                for slot, places in micro_batch.written.items():
+                    if places.start == 0:
+                        size = torch.randint(0, 3, (), generator=generator).item()
+                        sizes[micro_batch.blocks[slot]] = 1000.0**size
             rotating.begin(micro_batches)
             for spec in LAYOUT.layers:
                 for micro_batch in micro_batches:
                     views = rotating.take(spec.layer)
+                    wanted = set(range(micro_batch.num_loaded)) - micro_batch.bridges
                     for slot, block in enumerate(micro_batch.blocks):
-                        for place in range(SIZE if slot < micro_batch.num_loaded else 0):
+                        for place in range(SIZE if slot in wanted else 0):
                             found = known.get((spec.layer, block, place), ())
                             for view, value in zip(views, found, strict=False):
                                 there = view[slot, place]
                                 torch.testing.assert_close(there, value.expand_as(there))
                     for slot, places in micro_batch.written.items():
+                        block = micro_batch.blocks[slot]
                         for place in range(places.stop, SIZE):
-                            known.pop((spec.layer, micro_batch.blocks[slot], place), None)
+                            known.pop((spec.layer, block, place), None)
                         for place in places:
                             token = tuple(
-                                torch.randint(0, 2, view.shape[2:], generator=generator) * 2.0 - 1
+                                (torch.randint(0, 2, view.shape[2:], generator=generator) * 2 - 1)
+                                * sizes[block]
                                 for view in views
                             )
-                            known[spec.layer, micro_batch.blocks[slot], place] = token
+                            known[spec.layer, block, place] = token
                             for view, value in zip(views, token, strict=True):
                                 view[slot, place] = value
                     rotating.put_back()
@@ -228,6 +237,54 @@ def test_a_storage_dtype_rounds_once(storage_dtype: str, tmp_path: Path) -> None
             for half in layer_views(rows, LAYOUT.piece(index), LAYOUT, index):
                 scale = half[0].abs().amax((0, 2), keepdim=True)
                 assert ((half[0] - half[1]).abs() <= error * scale * 1.001).all(), spec
+
+
+def run_pass(rotating: KVRotation, steps: Sequence[tuple[Step, float]]) -> dict[int, set[float]]:
+    """Each sequence adds tokens of one value. Returns, by block, what it held in its first place
+    before."""
+    held: dict[int, set[float]] = {}
+    uses = {index: step.use for index, (step, _) in enumerate(steps)}
+    values = {block: value for step, value in steps for block in step.block_ids}
+    (micro_batch,) = deal(uses, SLOTS, rotating.first_nvme)
+    rotating.begin([micro_batch])
+    for spec in LAYOUT.layers:
+        views = rotating.take(spec.layer)
+        for slot, block in enumerate(micro_batch.blocks[: micro_batch.num_loaded]):
+            for view in views:
+                held.setdefault(block, set()).update(view[slot, 0].flatten().tolist())
+        for slot, places in micro_batch.written.items():
+            for view in views:
+                view[slot, places.start : places.stop] = values[micro_batch.blocks[slot]]
+        rotating.put_back()
+    rotating.end()
+    return held
+
+
+def test_what_a_tail_row_held_before_does_not_coarsen_a_block(tmp_path: Path) -> None:
+    first, second = DEVICE + HOST, DEVICE + HOST + 1
+    with rotation(tmp_path, num_tail_blocks=1, storage_dtype="int8") as (store, rotating):
+        for room in range(SIZE - 1, -1, -1):
+            run_pass(rotating, [(Step((first,), added=1, room=room), 1e6)])
+        run_pass(rotating, [(Step((second,), added=1, room=SIZE - 1), 1.0)])
+        store.copy([copy_of(Tier.DEVICE, second, Tier.HOST, 0)])
+        store.copy([copy_of(Tier.HOST, 0, Tier.DEVICE, second)])
+        held = run_pass(rotating, [(Step((second,), added=1, room=SIZE - 2), 1.0)])
+        assert held == {second: {1.0}}
+
+
+def test_what_a_buffer_held_before_does_not_coarsen_a_new_block(tmp_path: Path) -> None:
+    """It lies between two blocks that wait in tail rows, so that nothing is read at all."""
+    *large, low, new, high = range(DEVICE + HOST, TOTAL)
+    with rotation(tmp_path, num_tail_blocks=2, storage_dtype="int8") as (_, rotating):
+        run_pass(rotating, [(Step(tuple(large), added=SIZE * len(large), room=0), 1e6)])
+        both = [(Step((block,), added=1, room=SIZE - 1), 1.0) for block in (low, high)]
+        run_pass(rotating, both)
+        run_pass(rotating, [(Step(tuple(large), added=1, room=0), 1e6)])
+        both = [(Step((block,), added=1, room=SIZE - 2), 1.0) for block in (low, high)]
+        run_pass(rotating, [*both, (Step((new,), added=1, room=SIZE - 1), 1.0)])
+        held = run_pass(rotating, [(Step((new,), added=1, room=SIZE - 2), 1.0)])
+        assert held == {new: {1.0}}
+        assert rotating.take_lost() == ()
 
 
 def test_a_flipped_bit_on_disk_is_found(tmp_path: Path) -> None:
