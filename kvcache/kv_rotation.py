@@ -157,8 +157,9 @@ class KVRotation:
             if buffer.is_cuda:
                 job.brought_up = torch.cuda.current_stream(buffer.device).record_event()
         self._gather_tails(job, buffer)
-        blocks = job.moves.micro_batch
-        buffer[blocks.num_loaded : len(blocks.blocks)].zero_()  # else a codec weighs what was there
+        micro_batch = job.moves.micro_batch
+        # new blocks, or a codec would weigh what was there before
+        buffer[micro_batch.num_loaded : len(micro_batch.blocks)].zero_()
         return layer_views(buffer, self._pieces[job.layer], self._store.layout, job.layer, at=0)
 
     def host_views(self, layer: int) -> KVViews:
@@ -436,7 +437,7 @@ class KVRotation:
         job.writes.append((run, future))
 
     def _free_landing(self, job: _Job) -> None:
-        """Wait until nothing reads the job's landing any more."""
+        """Wait until what was brought up and what was written no longer needs the job's landing."""
         if job.brought_up is not None:
             job.brought_up.synchronize()
         for run, future in job.writes:
