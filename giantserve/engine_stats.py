@@ -52,6 +52,7 @@ class EngineStats:
                 "rotating_blocks_free": pool.num_free_active_blocks - pool.num_free_device_blocks,
                 "device_blocks_cached": pool.num_cached_device_blocks,
                 "rotating_blocks_cached": pool.num_cached_rotating_blocks,
+                "rotating_blocks_suspect": pool.num_suspect_blocks,
                 "host_blocks_cached": pool.num_cached_host_blocks,
                 "host_blocks": pool.num_host_blocks,
                 "host_blocks_free": pool.num_free_host_blocks,

@@ -10,7 +10,7 @@ from kvcache.block_hash import hash_block, tenant_root
 
 
 class RequestStatus(enum.Enum):
-    """Where a request stands. Only RUNNING ones hold device blocks."""
+    """Where a request stands. Only RUNNING ones hold device or rotating blocks."""
 
     WAITING = "waiting"
     RUNNING = "running"

@@ -1,4 +1,4 @@
-"""Decides what every pass computes: continuous batching over a block pool of two tiers."""
+"""Decides what every pass computes: continuous batching over the blocks of a pool."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Scheduler:
     preempted: its KV moves to host blocks, or is dropped and recomputed where the host is full.
 
     It always gets on: with nothing in flight the first-ranked running request may preempt all
-    others, and with none running the whole device is free; `add` refuses what does not fit there
-    alone.
+    others, and with none running all device and rotating blocks are free; `add` refuses what does
+    not fit there alone.
 
     The caller hands every plan to the shards in order, and every result to `on_result`. Not
     thread-safe.
@@ -78,7 +78,7 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold device blocks."""
+        """Sequences that hold device or rotating blocks."""
         return len(self._running)
 
     @property
@@ -99,7 +99,8 @@ class Scheduler:
         """Queue a request.
 
         Raises QueueFullError where ``max_queued_requests`` wait already, InvalidRequestError for a
-        prompt that leaves no room for a token or a request whose KV could outgrow the device.
+        prompt that leaves no room for a token or a request whose KV could outgrow the device and
+        rotating blocks.
         """
         assert request.seq_id not in self._requests, f"sequence {request.seq_id} exists"
         self._check_length(request)
@@ -174,7 +175,8 @@ class Scheduler:
         if plan is None:
             raise ValueError(f"step {step_id} is not in flight; in flight are {[*self._in_flight]}")
         if lost:
-            self._lose({*lost, *self._left_by_ended()})
+            self._lose({*self._copied(lost, plan), *self._left_by_ended()})
+            self._pool.count_losses(set(lost))
         self._filled.pop(step_id, None)
         for chunk in plan.chunks:
             request = self._requests.get(chunk.seq_id)
@@ -222,6 +224,16 @@ class Scheduler:
             Counter(block_id for r in running for block_id in r.block_ids),
             Counter(block_id for r in waiting for block_id in r.host_block_ids),
         )
+
+    def _copied(self, lost: Collection[CachedBlock], plan: StepPlan) -> set[CachedBlock]:
+        """The ``lost`` blocks of a pass, and those to which copies of ``plan``, which is its plan,
+        or of later ones take their content."""
+        found = set(lost)
+        plans = (plan, *self._in_flight.values())
+        for copy in itertools.chain.from_iterable(each.copies for each in plans):
+            if CachedBlock(copy.source, copy.source_id) in found:
+                found.add(CachedBlock(copy.target, copy.target_id))
+        return found
 
     def _left_by_ended(self) -> list[CachedBlock]:
         """What passes in flight put into the cache for requests that have ended: they may have
@@ -347,7 +359,7 @@ class Scheduler:
             self._add_chunks(request, draft)
 
     def _place(self, request: Request) -> list[int] | None:
-        """Device blocks for all known tokens of a waiting request, holding what KV there is."""
+        """Blocks for all known tokens of a waiting request, holding what KV there is."""
         num_blocks = self._pool.num_blocks_for(request.num_tokens)
         if request.status is RequestStatus.PREEMPTED_ON_HOST:
             host_ids = request.host_block_ids
@@ -404,7 +416,7 @@ class Scheduler:
         raise AssertionError(f"sequence {request.seq_id} is not running")
 
     def _preempt(self, request: Request) -> None:
-        """Take a running request's device blocks away; its KV goes to the host if that has room."""
+        """Take a running request's blocks away; its KV goes to the host if that has room."""
         num_computed = self._pool.num_blocks_for(request.num_computed_tokens)
         computed, rest = request.block_ids[:num_computed], request.block_ids[num_computed:]
         self._pool.free(rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,9 @@ from kvcache.block_copy import BlockCopy
 from kvcache.eviction import EvictionPolicy, LeastRecentlyUsed
 from kvcache.tier import Tier
 from kvcache.tier_blocks import TierBlocks
+
+SUSPECT_LOSSES = 2
+"""After how many losses of a rotating block its place on the disk is to blame."""
 
 
 class CachedBlock(NamedTuple):
@@ -19,7 +23,7 @@ class CachedBlock(NamedTuple):
 
 
 class BlockPool:
-    """Deals out device and host KV blocks and keeps finished content findable for later prompts.
+    """Deals out the KV blocks of all tiers and keeps finished content findable for later prompts.
 
     The bytes lie elsewhere: whatever must move is queued as a `BlockCopy`, and `take_copies` hands
     the queue over. Its order matters: the holder of the bytes runs all copies in order, before any
@@ -62,6 +66,7 @@ class BlockPool:
         self._rotating = TierBlocks(num_rotating_blocks, tenant_share, self._policy)
         self._host = TierBlocks(num_host_blocks, tenant_share, self._policy)
         self._copies: list[BlockCopy] = []
+        self._losses: Counter[int] = Counter()
 
     @property
     def num_active_blocks(self) -> int:
@@ -96,6 +101,11 @@ class BlockPool:
     def num_cached_rotating_blocks(self) -> int:
         """Rotating blocks that a prompt could match."""
         return self._rotating.num_cached
+
+    @property
+    def num_suspect_blocks(self) -> int:
+        """Rotating blocks that are dealt out only where no other is free: see `count_losses`."""
+        return self._rotating.num_suspect
 
     @property
     def num_cached_host_blocks(self) -> int:
@@ -196,10 +206,11 @@ class BlockPool:
         return host_ids
 
     def swap_in(self, host_ids: Sequence[int], num_new: int) -> list[int] | None:
-        """Move a sequence's host blocks back to the device, and hold ``num_new`` more blocks there.
+        """Move a sequence's host blocks back to device or rotating blocks, and hold ``num_new``
+        more of these.
 
         Content still on the device is shared, not copied. Returns None, and changes nothing, where
-        too few device blocks are free.
+        too few of both are free.
         """
         block_ids = self.allocate(num_new, [self._nearest(host_id) for host_id in host_ids])
         if block_ids is not None:
@@ -236,6 +247,15 @@ class BlockPool:
             blocks.forget(place)
         return found
 
+    def count_losses(self, lost: Collection[CachedBlock]) -> None:
+        """Shards found the content of these blocks lost. A rotating one that they name
+        `SUSPECT_LOSSES` times is from then on dealt out last, and caches nothing."""
+        for tier, block_id in lost:
+            if tier is Tier.DEVICE and block_id >= self.num_device_blocks:
+                self._losses[block_id] += 1
+                if self._losses[block_id] == SUSPECT_LOSSES:
+                    self._rotating.suspect(block_id - self.num_device_blocks)
+
     def adopt(self, contents: Mapping[int, bytes]) -> None:
         """Rotating blocks, all blank, that hold content from before, oldest use first."""
         for block_id, block_hash in contents.items():
@@ -248,20 +268,27 @@ class BlockPool:
         Returns what they hold, oldest use first.
         """
         start = first - self.num_device_blocks
-        places = [(place, h) for place, h in self._rotating.free_blocks() if place >= start]
-        stays = {block_hash for _, block_hash in places}
+        free = self._rotating.free_blocks()
+        places = [(place, block_hash) for place, block_hash in free if place >= start]
+        known: dict[bytes, CachedBlock] = {}
         rising = [(Tier.DEVICE, self.num_device_blocks, self._rotating), (Tier.HOST, 0, self._host)]
-        moving: dict[bytes, CachedBlock] = {}
         for tier, offset, blocks in (*rising, (Tier.DEVICE, 0, self._device)):
             for place, block_hash in blocks.free_blocks():
-                if block_hash is not None and block_hash not in stays:
-                    moving.pop(block_hash, None)
-                    moving[block_hash] = CachedBlock(tier, offset + place)
-        chosen = list(moving.items())[-len(places) :] if places else []
-        targets = [place for place, _ in places[: len(chosen)]]
-        for place, (block_hash, source) in zip(targets, chosen, strict=True):
-            self._copy(source, CachedBlock(Tier.DEVICE, self.num_device_blocks + place))
-            self._rotating.put(place, block_hash)
+                if block_hash is not None:
+                    known.pop(block_hash, None)
+                    known[block_hash] = CachedBlock(tier, offset + place)
+        chosen = list(known.items())[-len(places) :] if places else []
+        hashes = {block_hash for block_hash, _ in chosen}
+        homes = {block_hash: place for place, block_hash in places if block_hash in hashes}
+        targets = (place for place, block_hash in places if block_hash not in hashes)
+        for place, _ in free:
+            self._rotating.forget(place)
+        for block_hash, source in chosen:
+            if block_hash not in homes:
+                homes[block_hash] = next(targets)
+                target = CachedBlock(Tier.DEVICE, self.num_device_blocks + homes[block_hash])
+                self._copy(source, target)
+            self._rotating.put(homes[block_hash], block_hash)
         return {
             self.num_device_blocks + place: block_hash
             for place, block_hash in self._rotating.free_blocks()

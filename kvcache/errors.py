@@ -44,7 +44,8 @@ class StorageError(TierError):
 
 
 class StoreError(TierError):
-    """A folder or file of the weight store cannot be used as it is; the message names the mend."""
+    """A folder or file of weights, KV or activations cannot be used as it is; the message names the
+    mend."""
 
 
 class CorruptUnitError(StoreError):

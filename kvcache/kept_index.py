@@ -30,10 +30,13 @@ class KeptIndex:
     sums: torch.Tensor
 
     def write(self, path: Path, layout: str) -> None:
-        """Replace the index at ``path`` by this one at once. Raises OSError.
+        """Replace the index at ``path`` by this one at once; an empty one by none. Raises OSError.
 
         ``layout`` says how the file lies: an index of another layout is not read.
         """
+        if not self.hashes:
+            path.unlink(missing_ok=True)
+            return
         partial = path.with_suffix(".partial")
         places = torch.tensor(list(self.hashes), dtype=torch.int64)
         digests = torch.frombuffer(bytearray(b"".join(self.hashes.values())), dtype=torch.uint8)
@@ -42,12 +45,17 @@ class KeptIndex:
             "hashes": digests.view(len(self.hashes), -1),
             "sums": self.sums[:, places].contiguous(),
         }
-        descriptor = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-        os.close(descriptor)
-        save_file(tensors, partial, metadata={"layout": layout})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            descriptor = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+            os.close(descriptor)
+            save_file(tensors, partial, metadata={"layout": layout})
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path, layout: str, num_layers: int, num_places: int) -> KeptIndex:

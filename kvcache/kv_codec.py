@@ -1,8 +1,8 @@
 """KV in one byte an element: how it goes below the device, and comes up again.
 
-Symmetric, with a scale for each head of a block, so that one outlying head coarsens no other. A
-block's keys and values are read as often as the model attends to them, so an error does not grow:
-what was encoded once and is encoded again differs by rounding alone.
+Symmetric, with a scale for each head of a block, so that one outlying head coarsens no other. What
+was encoded once and is encoded again differs by rounding alone, unless a larger element has joined
+its head of the block: the scale is coarser then.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ class KVFile:
     ) -> None:
         """``piece_bytes``: of each layer, multiples of 4096. Reserves the disk space.
 
-        Raises StoreError for a folder that others may enter, StorageError for a full disk.
+        Raises StoreError for a folder that others may enter, StorageError for a full disk, of which
+        it then takes nothing.
         """
         make_private(folder)
         self._piece_bytes = list(piece_bytes)
@@ -60,6 +61,9 @@ class KVFile:
                 path.unlink()
             reserve(self._file, self._starts[-1])
         except BaseException:
+            if self._index is not None:
+                self._index.unlink(missing_ok=True)
+                os.ftruncate(self._file.descriptor, 0)
             self._file.close()
             raise
 

@@ -132,6 +132,10 @@ class KVRotation:
     def begin(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Start a pass: the first reads are on their way when this returns."""
         assert self._at == len(self._jobs), "the last pass has not ended"
+        for each in micro_batches:
+            for slot, places in each.written.items():
+                if places.start == 0:  # a row that it has is of the sequence that had it before
+                    self._tails.drop(each.blocks[slot])
         self._make_room(micro_batches)
         order = product(range(len(self._strides)), [self._moves(each) for each in micro_batches])
         self._jobs = [
@@ -217,15 +221,17 @@ class KVRotation:
 
     def restore(self, rows: Sequence[torch.Tensor], blocks: Sequence[int], *, stored: bool) -> None:
         """Copy ``rows`` in memory, in either form, to whole blocks, all distinct."""
-        for block in blocks:
-            self._tails.drop(block)
         self._move(blocks, rows, write=True, stored=stored)
 
     def keep(self, hashes: Mapping[int, bytes]) -> None:
-        """Leave the content of these NVMe blocks, oldest use first, to a later process."""
+        """Leave the content of these NVMe blocks, oldest use first, to a later process, if the disk
+        lets it."""
         if self._file is not None:
             places = {block - self.first_nvme: found for block, found in hashes.items()}
-            self._file.keep(KeptIndex(places, self._sums))
+            try:
+                self._file.keep(KeptIndex(places, self._sums))
+            except OSError as error:
+                logger.warning("cached prefixes are not kept: %s", error)
 
     @property
     def nvme_bytes(self) -> int:

@@ -96,6 +96,13 @@ class KVStore:
         """The key and value views of ``layer`` over all device blocks."""
         return self._views[layer]
 
+    def clear(self, blocks: Iterable[int]) -> None:
+        """Zero those of ``blocks`` that lie on the device, where a codec would weigh what was there
+        before; the rotation clears its own."""
+        if self.layout.storage_dtype != "auto":
+            rows = [block for block in blocks if block < self.num_device_blocks]
+            self.device_rows[rows] = 0
+
     def extend(self, rotation: WholeBlocks) -> None:
         """Block ids past the device's last are ``rotation``'s from now on."""
         self._rotation = rotation

@@ -14,7 +14,8 @@ class TierBlocks:
 
     A block is *held* (reference count above 0), *blank* (free, its content worthless) or *idle*
     (free, its hashed content still findable until the block is taken). Idle blocks whose content
-    the policy wants are *spared*. At most one block carries a hash.
+    the policy wants are *spared*. At most one block carries a hash. What a *suspect* block holds
+    cannot be found, and it is taken only where no other is free.
     """
 
     def __init__(
@@ -36,12 +37,18 @@ class TierBlocks:
         self._blank = deque(range(num_blocks))
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._spared: dict[int, None] = {}
+        self._suspects: set[int] = set()
+        self._free_suspects: deque[int] = deque()
         self._policy = policy or LeastRecentlyUsed()
 
     @property
     def num_free(self) -> int:
-        """Blocks that `take` can still give: blank and idle ones."""
-        return len(self._blank) + len(self._idle) + len(self._spared)
+        """Blocks that `take` can still give."""
+        return len(self._blank) + len(self._idle) + len(self._spared) + len(self._free_suspects)
+
+    @property
+    def num_suspect(self) -> int:
+        return len(self._suspects)
 
     @property
     def num_cached(self) -> int:
@@ -60,7 +67,7 @@ class TierBlocks:
 
     def take(self) -> tuple[int, bytes | None]:
         """Hold one free block for new content: a blank one, else the least recently used idle one,
-        else the spared one that is wanted last.
+        else the spared one that is wanted last, else a suspect one.
 
         Returns the block and the hash of the content that it loses. Raises IndexError when none is
         free.
@@ -74,6 +81,8 @@ class TierBlocks:
             self._leave_idle(block_id)
             self._hashes[block_id] = None
             del self._by_hash[lost]
+        elif self._free_suspects:
+            block_id, lost = self._free_suspects.popleft(), None
         else:
             raise IndexError(f"all {self.num_blocks} blocks are held")
         self._references[block_id] = 1
@@ -86,11 +95,14 @@ class TierBlocks:
         self._references[block_id] += 1
 
     def release(self, block_id: int) -> None:
-        """One holder less; the last one leaves the block idle (most recently used) or blank."""
+        """One holder less; the last one leaves the block idle (most recently used), blank or
+        suspect."""
         assert self._references[block_id] > 0, f"block {block_id} is freed twice"
         self._references[block_id] -= 1
         if self._references[block_id] == 0:
-            if self._hashes[block_id] is None:
+            if block_id in self._suspects:
+                self._free_suspects.append(block_id)
+            elif self._hashes[block_id] is None:
                 self._blank.append(block_id)
             else:
                 self._become_idle(block_id)
@@ -123,8 +135,8 @@ class TierBlocks:
             self._become_idle(block_id)
 
     def free_blocks(self) -> list[tuple[int, bytes | None]]:
-        """The free blocks with their content: blank ones, then those used longest ago first, then
-        those spared."""
+        """The free blocks with their content, suspect ones left out: blank ones, then those used
+        longest ago first, then those spared."""
         free = (*self._blank, *self._idle, *self._spared)
         return [(block_id, self._hashes[block_id]) for block_id in free]
 
@@ -139,9 +151,19 @@ class TierBlocks:
         self._hashes[block_id] = None
         del self._by_hash[block_hash]
 
+    def suspect(self, block_id: int) -> None:
+        """Make a block, for good, one that is not relied on."""
+        self.forget(block_id)
+        self._suspects.add(block_id)
+        if block_id in self._blank:
+            self._blank.remove(block_id)
+            self._free_suspects.append(block_id)
+
     def register(self, block_id: int, block_hash: bytes) -> None:
         """Make the content of a held block findable, unless another block offers the same."""
         assert self._references[block_id] > 0, f"block {block_id} is registered but not held"
+        if block_id in self._suspects:
+            return
         if block_hash not in self._by_hash and self._hashes[block_id] is None:
             self._hashes[block_id] = block_hash
             self._by_hash[block_hash] = block_id
@@ -183,11 +205,15 @@ class TierBlocks:
         assert all(self._rank(b) is None for b in self._idle), "a wanted block is not spared"
         assert len(blank) == len(self._blank), "a block is blank twice"
         assert not blank & idle, "a block is both blank and idle"
+        apart = set(self._free_suspects)
+        assert len(apart) == len(self._free_suspects), "a suspect block is free twice"
+        assert not self._suspects & (blank | idle) and apart <= self._suspects
+        assert all(self._hashes[block_id] is None for block_id in self._suspects)
         for block_id, count in enumerate(self._references):
             assert count >= 0, f"block {block_id} has {count} holders"
-            assert (count == 0) == (block_id in blank or block_id in idle), (
+            assert (count == 0) == (block_id in blank | idle | apart), (
                 f"block {block_id} has {count} holders, but blank={block_id in blank}, "
-                f"idle={block_id in idle}"
+                f"idle={block_id in idle}, suspect={block_id in apart}"
             )
             if references is not None:
                 holders = references.get(block_id, 0)

@@ -269,12 +269,15 @@ def _attend_padded(
     lengths: torch.Tensor,
     options: AttentionOptions,
 ) -> torch.Tensor:
-    """Each query over the first of its keys, ``lengths`` [B] of them."""
+    """Each query over the first of its keys, ``lengths`` [B] of them. Zeroes the keys and values
+    that it may not see: they may be no numbers, which a weight of 0 would not hide."""
     batch, heads, dim = query_BHD.shape
     positions = torch.arange(keys_BKLD.shape[2], device=query_BHD.device)
     visible = positions < lengths[:, None]
     if options.window is not None:
         visible = visible & (positions >= lengths[:, None] - options.window)
+    for tensor in (keys_BKLD, values_BKLD):
+        tensor.masked_fill_(~visible[:, None, :, None], 0)
     kv_heads = keys_BKLD.shape[1]
     query = query_BHD.view(batch, kv_heads, heads // kv_heads, dim)
     mask = visible[:, None, None, :]

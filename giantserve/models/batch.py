@@ -14,8 +14,9 @@ class PromptChunk:
     """Consecutive tokens of one sequence: rows [row, row + length) of the pass, positions from
     ``start``.
 
-    ``table`` [N] int64 are its block ids on the device tier. ``whole``: the tokens of the prompt
-    that the chunk is to be attended to as a part of, to the bit; None: in whatever way is fast.
+    ``table`` [N] int64 are its blocks, as the views that come with the batch count them: device
+    blocks, slots of the rotation or rows on the host. ``whole``: the tokens of the prompt that the
+    chunk is to be attended to as a part of, to the bit; None: in whatever way is fast.
     """
 
     seq_id: int

@@ -49,8 +49,11 @@ class PassKV:
         *,
         gathered: bool = False,
     ) -> None:
-        """For `rotating`, within which alone `parts` works."""
+        """For `rotating`, within which alone `parts` works. Blocks that the pass begins, and leaves
+        room in, are cleared."""
         self._kv, self._rotation = kv, rotation
+        written = (item for spec in specs for item in _use(spec, block_size).written)
+        kv.clear(block for block, at in written if at.start == 0 and at.stop < block_size)
         self.micro_batches: tuple[MicroBatch, ...] = ()
         self.batch = build_batch(specs, block_size, device, gathered=gathered)
         self._resident: PassPart | None = PassPart(rows=None, batch=self.batch, in_place=True)

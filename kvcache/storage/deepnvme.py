@@ -52,7 +52,7 @@ class DeepNVMeBackend(StorageBackend):
     def _read(self, file: DirectFile, offset: int, buffer: torch.Tensor) -> None:
         # the handle ends the process where a file is too short
         if os.fstat(file.descriptor).st_size < offset + buffer.numel():
-            failure = "the file ends here; it is shorter than its index says"
+            failure = "the file ends here; it was longer when it was made"
             raise StorageError(str(file.path), offset, failure)
         self._run(self._handle.sync_pread, file, offset, buffer)
 

@@ -90,7 +90,7 @@ def _transfer(file: DirectFile, offset: int, view: memoryview, call: Callable[..
     done = 0
     retried = False
     while done < len(view):
-        failure = "the file ends here; it is shorter than its index says"
+        failure = "the file ends here; it was longer when it was made"
         try:
             moved = call(file.descriptor, [view[done:]], offset + done)
         except OSError as error:

@@ -353,3 +353,78 @@ def test_least_recently_used_hears_of_nothing() -> None:
     _three_cached(pool)
     pool.expect([[C]])
     assert allocate(pool, 1) == [2]
+
+
+def rotating_with(contents: dict[int, bytes], device: int = 2, host: int = 2) -> BlockPool:
+    """Its four rotating blocks are 2 to 5, of which the first two lie on the host."""
+    pool = BlockPool(device, host, 2, num_rotating_blocks=4)
+    pool.adopt(contents)
+    return pool
+
+
+def cache_on_device(pool: BlockPool, *hashes: bytes) -> list[int]:
+    block_ids = allocate(pool, len(hashes))
+    pool.cache_full_blocks(block_ids, hashes)
+    pool.free(block_ids)
+    return block_ids
+
+
+def test_what_rotates_on_the_host_is_kept_on_the_disk() -> None:
+    pool = rotating_with({2: A, 5: B, 3: C})
+    assert pool.keep(4) == {5: B, 4: C}
+    assert pool.take_copies() == (across(3, 4),)
+    pool.check_integrity({}, {})
+
+
+def test_nothing_is_kept_where_there_is_no_disk() -> None:
+    pool = rotating_with({2: A})
+    assert pool.keep(6) == {}
+    assert pool.take_copies() == ()
+
+
+def test_what_was_used_last_is_kept_whatever_its_place_on_the_disk() -> None:
+    """A has been on the disk for long, but it was used last, on the device; B is older than C."""
+    pool = rotating_with({5: A, 4: B})
+    assert cache_on_device(pool, A, C) == [0, 1]
+    assert pool.keep(4) == {4: C, 5: A}
+    assert pool.take_copies() == (across(1, 4),)
+    pool.check_integrity({}, {})
+
+
+def test_what_is_kept_fills_blank_places_first() -> None:
+    pool = rotating_with({5: A})
+    cache_on_device(pool, B)
+    assert pool.keep(4) == {5: A, 4: B}
+    assert pool.take_copies() == (across(0, 4),)
+
+
+def test_a_place_that_loses_its_content_again_is_dealt_out_last() -> None:
+    pool = rotating_with({2: A, 3: B, 4: C})
+    lost = [CachedBlock(Tier.DEVICE, 5)]
+    held = allocate(pool, 2)
+    assert allocate(pool, 1) == [5]
+    pool.count_losses(lost)
+    pool.free([5])
+    assert allocate(pool, 1) == [5], "once may be an accident"
+    pool.count_losses(lost)
+    assert pool.num_suspect_blocks == 1
+    pool.check_integrity(dict.fromkeys([*held, 5], 1), {})
+    pool.cache_full_blocks([5], [D])
+    assert pool.find(D) == []
+    pool.free([5])
+    pool.check_integrity(dict.fromkeys(held, 1), {})
+    assert pool.num_free_active_blocks == 4
+    assert allocate(pool, 4) == [2, 3, 4, 5], "cached content goes first"
+    pool.free([5])
+    assert pool.keep(4) == {}
+    pool.count_losses([CachedBlock(Tier.HOST, 1), CachedBlock(Tier.DEVICE, 0)] * 2)
+    assert pool.num_suspect_blocks == 1
+
+
+def test_a_free_place_can_become_suspect() -> None:
+    pool = rotating_with({5: A})
+    for _ in range(2):
+        pool.count_losses([CachedBlock(Tier.DEVICE, 5)])
+    assert pool.find(A) == []
+    pool.check_integrity({}, {})
+    assert allocate(pool, 6) == [0, 1, 2, 3, 4, 5]

@@ -44,7 +44,7 @@ def test_a_file_that_is_too_short_is_an_error(backend: StorageBackend, tmp_path:
     """And not the end of the process, which is what the handle makes of it."""
     (tmp_path / "units").write_bytes(bytes(8192))
     file = backend.open(tmp_path / "units")
-    with pytest.raises(StorageError, match="shorter than its index says"):
+    with pytest.raises(StorageError, match="it was longer when it was made"):
         backend.read(file, 4096, Arena(Tier.HOST, 8192).allocate(8192))
     file.close()
 

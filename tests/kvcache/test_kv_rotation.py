@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,15 +14,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
+from giantserve.models.batch import ChunkSpec
+from giantserve.models.pass_kv import PassKV
+from kvcache import kept_index, kv_file
 from kvcache.arena import Arena
 from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import CachedBlock
 from kvcache.checksum import checksums
+from kvcache.errors import StorageError
 from kvcache.kv_rotation import KVRotation
 from kvcache.kv_store import KVStore, layer_views
 from kvcache.layout import STORAGE_DTYPES, KVLayerSpec, KVLayout
 from kvcache.micro_batch import NUM_BUFFERS, BlockUse, deal
+from kvcache.storage import DirectFile
 from kvcache.tier import Tier
 from kvcache.transfer_stats import Link
 
@@ -39,7 +47,10 @@ TOTAL = DEVICE + HOST + NVME
 
 @contextmanager
 def rotation(
-    folder: Path, num_tail_blocks: int = 0, storage_dtype: str = "auto"
+    folder: Path,
+    num_tail_blocks: int = 0,
+    storage_dtype: str = "auto",
+    kept_as: str | None = None,
 ) -> Iterator[tuple[KVStore, KVRotation]]:
     device = Arena(Tier.DEVICE, 1 << 22)
     host = Arena(Tier.HOST, 1 << 20)
@@ -56,6 +67,7 @@ def rotation(
         device_arena=device,
         host_arena=host,
         folder=folder / "kv",
+        kept_as=kept_as,
     )
     store.extend(rotating)
     try:
@@ -272,6 +284,44 @@ def test_what_a_tail_row_held_before_does_not_coarsen_a_block(tmp_path: Path) ->
         assert held == {second: {1.0}}
 
 
+@pytest.mark.parametrize("leaves", ["evicted", "copied"])
+def test_a_tail_row_of_an_ended_sequence_does_not_coarsen_the_next(
+    leaves: str, tmp_path: Path
+) -> None:
+    """The first sequence ends within its block, which then is another's."""
+    block, other = DEVICE + HOST, DEVICE + HOST + 1
+    with rotation(tmp_path, num_tail_blocks=1, storage_dtype="int8") as (store, rotating):
+        run_pass(rotating, [(Step((block,), added=SIZE - 1, room=1), 1e6)])
+        run_pass(rotating, [(Step((block,), added=1, room=SIZE - 1), 1.0)])
+        if leaves == "evicted":
+            run_pass(rotating, [(Step((other,), added=1, room=SIZE - 1), 1.0)])
+        else:
+            store.copy([copy_of(Tier.DEVICE, block, Tier.HOST, 0)])
+            store.copy([copy_of(Tier.HOST, 0, Tier.DEVICE, block)])
+        held = run_pass(rotating, [(Step((block,), added=1, room=SIZE - 2), 1.0)])
+        assert held == {block: {1.0}}
+
+
+@pytest.mark.parametrize("target", [Tier.HOST, Tier.DEVICE], ids=["host", "rotating"])
+def test_what_a_device_block_held_before_does_not_coarsen_a_new_one(
+    target: Tier, tmp_path: Path
+) -> None:
+    with rotation(tmp_path, 0, "int8") as (store, _):
+        spec = ChunkSpec(seq_id=1, start=0, length=1, block_ids=[1])
+        views = [view for layer in LAYOUT.layers for view in store.layer(layer.layer)]
+        for view in views:
+            view.fill_(1e6)
+        PassKV(store, None, [spec], SIZE, torch.device("cpu"))
+        for view in views:
+            view[1, 0] = 1.0
+        below = 0 if target is Tier.HOST else DEVICE
+        store.copy([copy_of(Tier.DEVICE, 1, target, below)])
+        store.copy([copy_of(target, below, Tier.DEVICE, 2)])
+        for view in views:
+            assert (view[2, 0] == 1.0).all()
+            assert (view[0] == 1e6).all()
+
+
 def test_what_a_buffer_held_before_does_not_coarsen_a_new_block(tmp_path: Path) -> None:
     """It lies between two blocks that wait in tail rows, so that nothing is read at all."""
     *large, low, new, high = range(DEVICE + HOST, TOTAL)
@@ -318,6 +368,55 @@ def test_a_flipped_bit_on_disk_is_found(tmp_path: Path) -> None:
         rotating._file._backend.write(file, offset, page)
         store.copy([copy_of(Tier.DEVICE, block, Tier.HOST, 1)])
         assert set(rotating.take_lost()) == {lost, CachedBlock(Tier.HOST, 1)}
+
+
+def test_an_index_comes_and_goes_with_what_is_kept(tmp_path: Path) -> None:
+    first, index = DEVICE + HOST, tmp_path / "kv" / "name.index"
+    with rotation(tmp_path, kept_as="name") as (_, rotating):
+        rotating.keep({first + 2: bytes(32)})
+        assert index.exists()
+    with rotation(tmp_path, kept_as="name") as (_, rotating):
+        assert rotating.kept == {first + 2: bytes(32)}
+        rotating.keep({})
+        rotating.keep({})
+        assert not index.exists()
+    with rotation(tmp_path, kept_as="name") as (_, rotating):
+        assert rotating.kept == {}
+
+
+def test_a_disk_that_takes_no_index_keeps_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"begun")
+        raise SafetensorError("no space left")
+
+    with rotation(tmp_path, kept_as="name") as (_, rotating):
+        monkeypatch.setattr(kept_index, "save_file", save)
+        rotating.keep({DEVICE + HOST: bytes(32)})
+        assert "cached prefixes are not kept: no space left" in caplog.text
+        assert [path.name for path in (tmp_path / "kv").iterdir()] == ["name.kv"]
+        monkeypatch.undo()
+        shutil.rmtree(tmp_path / "kv")
+        rotating.keep({DEVICE + HOST: bytes(32)})
+        assert caplog.text.count("cached prefixes are not kept") == 2
+
+
+def test_a_disk_without_room_is_left_as_free_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rotation(tmp_path, kept_as="name") as (_, rotating):
+        rotating.keep({DEVICE + HOST: bytes(32)})
+
+    def claim(file: DirectFile, num_bytes: int) -> None:
+        os.posix_fallocate(file.descriptor, 0, 2 * num_bytes)
+        raise StorageError(str(file.path), 0, "the disk is full")
+
+    monkeypatch.setattr(kv_file, "reserve", claim)
+    with pytest.raises(StorageError), rotation(tmp_path, kept_as="name"):
+        pass
+    (left,) = (tmp_path / "kv").iterdir()
+    assert (left.name, left.stat().st_size, left.stat().st_blocks) == ("name.kv", 0, 0)
 
 
 def test_the_buffers_are_counted(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from giantserve.models import native_attention
-from giantserve.models.attention import AttentionOptions
+from giantserve.models.attention import AttentionOptions, attend_decodes
 from giantserve.models.batch import DecodeGroup
 from giantserve.models.native_attention import (
     KernelUnavailableError,
@@ -31,10 +31,40 @@ KINDS = {
 }
 
 
+class TorchAttention:
+    """What stands in for the kernel where there is none."""
+
+    def can_attend(self, *tensors: torch.Tensor) -> bool:
+        return True
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        group: DecodeGroup,
+        options: AttentionOptions,
+        out: torch.Tensor,
+    ) -> None:
+        out[group.rows] = attend_decodes(query[group.rows], keys, values, group, options)
+
+
+Attention = NativeAttention | TorchAttention
+
+
 @pytest.fixture(params=[3, 4], ids=["AVX2", "AVX-512"])
 def native(request: pytest.FixtureRequest) -> NativeAttention:
+    return of_level(request.param)
+
+
+@pytest.fixture(params=[3, 4, None], ids=["AVX2", "AVX-512", "torch"])
+def either(request: pytest.FixtureRequest) -> Attention:
+    return TorchAttention() if request.param is None else of_level(request.param)
+
+
+def of_level(level: int) -> NativeAttention:
     try:
-        return NativeAttention(request.param)
+        return NativeAttention(level)
     except KernelUnavailableError as error:
         told = "CPU of level" in str(error)
         if not told and shutil.which("g++") and platform.machine() == "x86_64":
@@ -85,7 +115,7 @@ class Case:
         )
 
     def found(
-        self, native: NativeAttention, options: AttentionOptions, members: list[int] | None = None
+        self, native: Attention, options: AttentionOptions, members: list[int] | None = None
     ) -> torch.Tensor:
         """Rows that are not computed stay NaN."""
         members = list(range(len(self.lengths))) if members is None else members
@@ -106,11 +136,11 @@ class Case:
 
 @pytest.mark.parametrize("heads,kv_heads", [(8, 8), (8, 4), (8, 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_attention(native: NativeAttention, kind: str, heads: int, kv_heads: int) -> None:
+def test_it_is_attention(either: Attention, kind: str, heads: int, kv_heads: int) -> None:
     case = Case(LENGTHS, heads, kv_heads)
     options = KINDS[kind]
     torch.testing.assert_close(
-        case.found(native, options), case.expected(options), rtol=1e-4, atol=2e-6
+        case.found(either, options), case.expected(options), rtol=1e-4, atol=2e-6
     )
 
 
@@ -139,11 +169,11 @@ def test_scores_far_apart(native: NativeAttention) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_not_a_number_shows_in_its_sequence_alone(native: NativeAttention) -> None:
+def test_what_is_not_a_number_shows_in_its_sequence_alone(either: Attention) -> None:
     case = Case([5, 300, 70], 8, 2)
-    expected = case.found(native, PLAIN)
+    expected = case.found(either, PLAIN)
     case.keys[case.tables[1, 3], 2] = float("nan")
-    found = case.found(native, PLAIN)
+    found = case.found(either, PLAIN)
     assert found[1].isnan().all()
     assert torch.equal(found[[0, 2]], expected[[0, 2]])
 

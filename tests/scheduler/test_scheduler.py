@@ -32,8 +32,9 @@ def make(
     passes: int = 1,
     queued: int = 100,
     caching: bool = False,
+    rotating: int = 0,
 ) -> tuple[Scheduler, BlockPool, Clock]:
-    pool, clock = BlockPool(device, host, 4, caching), Clock()
+    pool, clock = BlockPool(device, host, 4, caching, rotating), Clock()
     config = SchedulerConfig(
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
@@ -485,3 +486,31 @@ def test_lost_blocks_are_computed_again_by_all_who_lean_on_them() -> None:
     scheduler.abort(1)
     assert scheduler.given_up() == ()
     scheduler.check_integrity()
+
+
+def test_lost_blocks_are_found_where_later_copies_brought_them() -> None:
+    """An unfinished block moves from the disk to the host, and in the next plan to the device,
+    before it is known that the disk had lost it."""
+    scheduler, _, _ = make(device=1, host=1, passes=2, rotating=2)
+    moved = request(3, 1)
+    for asked in (request(1, 3), request(2, 4), moved):
+        scheduler.add(asked)
+    plans = [planned(scheduler) for _ in range(2)]
+    assert moved.block_ids == [2]
+    answer(scheduler, plans[0])
+    plans.append(planned(scheduler))
+    answer(scheduler, plans[1])
+    plans.append(planned(scheduler))
+    assert plans[3].copies == (to_host(2, 0),)
+    answer(scheduler, plans[2])
+    scheduler.finish(1)
+    plans.append(planned(scheduler))
+    assert spans(plans[4]) == [(3, 1, 1)]
+    assert plans[4].copies == (
+        BlockCopy(source=Tier.HOST, source_id=0, target=Tier.DEVICE, target_id=0),
+    )
+    lost = [CachedBlock(Tier.DEVICE, 2), CachedBlock(Tier.HOST, 0)]
+    scheduler.on_result(3, {2: 50}, lost)
+    answer(scheduler, plans[4])
+    assert moved.output_token_ids == [50], "the second was made of what was lost"
+    assert moved.num_computed_tokens == 0
