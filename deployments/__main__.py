@@ -12,10 +12,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import httpx
 
@@ -35,6 +35,9 @@ OBJECT_STORE_BYTES = 128 * 2**20
 FOLDER_PREFIX, SOCKET_NAME = "giantserve-", "launcher"
 READY_TIMEOUT_S = 60.0
 LOADING_PERIOD_S = 0.1
+DRAIN_MARGIN_S = 10.0
+
+logger = logging.getLogger("deployments")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +93,7 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
     import ray
 
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("deployments").setLevel(logging.INFO)
+    logger.setLevel(logging.INFO)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started_s = time.monotonic()
     try:
@@ -104,6 +107,7 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
                 ray.shutdown()
                 _start_ray(arguments, _num_cpus(app))
                 proxies = beside.submit(_start_serve, arguments)
+            _check_room(app, is_own=arguments.address == "local")
             _wait_for_controller(proxies)
             _run(app)  # while the proxies start
             proxies.result()
@@ -118,8 +122,10 @@ def _serve(options: dict[str, str], arguments: argparse.Namespace) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if ray.is_initialized():
-            _delete_app()
-            ray.shutdown()
+            try:
+                _delete_app(parse_args(options)[1].drain_timeout_s)
+            finally:
+                ray.shutdown()
 
 
 def _start_ray(arguments: argparse.Namespace, num_cpus: int) -> None:
@@ -169,12 +175,18 @@ def _build(options: Mapping[str, str]) -> serve.Application:
     return build_app(options)
 
 
-def _delete_app() -> None:
+def _delete_app(drain_timeout_s: float) -> None:
+    """Returns when its replicas have drained; says so where they have not in time."""
     from ray import serve
 
     from deployments.app import APP_NAME
 
-    serve.delete(APP_NAME)
+    give_up_s = time.monotonic() + drain_timeout_s + DRAIN_MARGIN_S
+    while time.monotonic() < give_up_s:
+        with suppress(TimeoutError):  # Serve itself waits for a minute, however long they may drain
+            serve.delete(APP_NAME)
+            return
+    logger.warning("the replicas have not ended in time; what they still do is cut off")
 
 
 def _run(app: serve.Application) -> None:
@@ -225,10 +237,33 @@ def _wait_until_loaded(num_replicas: int) -> None:
 
 def _num_cpus(app: serve.Application) -> int:
     """Ray's logical CPUs: those of the machine, or more where the bundles ask for it."""
+    needed = sum(bundle.get("CPU", 0.0) for bundle in _bundles(app))
+    return max(os.cpu_count() or 1, math.ceil(needed))
+
+
+def _bundles(app: serve.Application) -> list[dict[str, float]]:
+    """Those of all replicas."""
     deployment = app._bound_deployment
     bundles = deployment._replica_config.placement_group_bundles or []
-    needed = sum(bundle.get("CPU", 0.0) for bundle in bundles) * (deployment.num_replicas or 1)
-    return max(os.cpu_count() or 1, math.ceil(needed))
+    return bundles * (deployment.num_replicas or 1)
+
+
+def _check_room(app: serve.Application, *, is_own: bool) -> None:
+    """Whether Ray can ever place all replicas. Raises ConfigError where it is our own; another's
+    may grow, and gets a line."""
+    import ray
+
+    from deployments.placement import missing
+
+    resources: Any = ray.cluster_resources
+    lacking = missing(_bundles(app), resources())
+    if lacking and is_own:
+        raise ConfigError(
+            f"the replicas need {lacking}; lower num_replicas, tensor_parallel or "
+            "pipeline_parallel, or join a bigger cluster with --address"
+        )
+    if lacking:
+        logger.warning("waiting for a bigger cluster: the replicas need %s", lacking)
 
 
 def _reachable(host: str) -> str:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
 from deployments.options import DeploymentOptions
 from giantserve.config import EngineConfig
 from partition.plan import PartitionPlan
+
+PRECISION = 1e-4
+"""Of a resource, as Ray counts."""
 
 
 def bundles(
@@ -14,6 +20,19 @@ def bundles(
     shard = {"CPU": options.cpus_per_shard, "GPU": gpus_per_shard(config, options)}
     shard = {resource: amount for resource, amount in shard.items() if amount > 0}
     return [{"CPU": options.cpus_per_replica}, *(dict(shard) for _ in plan.shards)]
+
+
+def missing(bundles: Iterable[Mapping[str, float]], cluster: Mapping[str, float]) -> str:
+    """Of which resources the bundles together need more than the cluster has, in words; "" where of
+    none. That each finds a node is not looked at."""
+    needed: Counter[str] = Counter()
+    for bundle in bundles:
+        needed.update(bundle)
+    return " and ".join(
+        f"{amount:g} {resource}s where the cluster has {cluster.get(resource, 0.0):g}"
+        for resource, amount in needed.items()
+        if amount > cluster.get(resource, 0.0) + PRECISION
+    )
 
 
 def gpus_per_shard(config: EngineConfig, options: DeploymentOptions) -> float:

@@ -15,7 +15,8 @@ from giantserve.errors import ConfigError
 
 @contextmanager
 def held_port(host: str, port: int) -> Iterator[None]:
-    """Hold the port for the life of the server. Raises ConfigError at once where it is taken.
+    """Hold the port for the life of the server. Raises ConfigError at once where it is taken, and
+    for an IPv6 host: HAProxy listens on all IPv4 addresses for ``::``.
 
     HAProxy binds with SO_REUSEPORT, under which processes of one user may share a port: the kernel
     would deal the requests of two servers to either. Finding the port free is not enough, since
@@ -23,6 +24,8 @@ def held_port(host: str, port: int) -> Iterator[None]:
     """
     if not 0 < port < 65536:
         raise ConfigError(f"port {port} is not between 1 and 65535")
+    if ":" in host:
+        raise ConfigError(f"host '{host}' is an IPv6 address; give a name or an IPv4 address")
     path = Path(tempfile.gettempdir()) / f"giantserve-{os.getuid()}-port-{port}.lock"
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 
+from deployments.health_probe import HealthProbe
 from deployments.loading import LoadingReport
 from deployments.metrics import RayMetrics
 from deployments.options import DeploymentOptions
@@ -21,8 +21,6 @@ from giantserve.planning import Resolution
 from partition.calibration import machine_name
 
 STATS_PERIOD_S = 5.0
-TOKEN_PERIOD_S = 30.0
-PROBE_WAIT_S = 1.0
 
 logger = logging.getLogger("ray.serve")
 
@@ -57,8 +55,7 @@ class Replica:
             raise
         self._metrics = RayMetrics(self._engine.model_name)
         self._tasks: list[asyncio.Task[None]] = []
-        self._probe: asyncio.Task[None] | None = None
-        self._probed_s = time.monotonic()
+        self._probe = HealthProbe(self._engine)
         reason = " ".join(self._engine.plan.reason.split())
         logger.info("serving %s: %s", self._engine.model_name, reason)
 
@@ -73,22 +70,8 @@ class Replica:
         )
 
     async def check_health(self) -> None:
-        """Serve replaces a replica that cannot make a token.
-
-        A dead engine is found at every check; a real token is asked for less often, since with
-        weights on a disk it costs a pass over all of them. It may take longer than a check, as
-        long as the pass gets on.
-        """
-        if self._engine.failure is not None:
-            raise EngineDeadError(str(self._engine.failure))
-        if self._probe is None and time.monotonic() - self._probed_s >= TOKEN_PERIOD_S:
-            self._probe = asyncio.create_task(self._engine.check_health())
-        if self._probe is not None:
-            done, _ = await asyncio.wait({self._probe}, timeout=PROBE_WAIT_S)
-            if done:
-                probe, self._probe = self._probe, None
-                self._probed_s = time.monotonic()
-                probe.result()
+        """Serve replaces a replica that cannot make a token."""
+        await self._probe.check()
 
     async def stats(self) -> dict[str, Any]:
         """The engine's statistics, through a Serve handle."""
@@ -96,7 +79,10 @@ class Replica:
 
     async def _report(self) -> None:
         while self._engine.failure is None:
-            self._metrics.engine_stats(await self._engine.stats())
+            try:
+                self._metrics.engine_stats(await self._engine.stats())
+            except EngineDeadError as error:
+                logger.warning("no statistics: %s", error)
             await asyncio.sleep(STATS_PERIOD_S)
 
     async def _watch_load(self) -> None:
@@ -111,7 +97,8 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve calls this after the replica has drained."""
-        for task in (*self._tasks, *([self._probe] if self._probe else [])):
+        for task in self._tasks:
             task.cancel()
+        self._probe.close()
         await self._engine.close()
         self._loading.close()

@@ -26,9 +26,10 @@ SERVE_SETTINGS = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     # Ray's workers would run at nice 15: whatever else the machine does would starve the shards.
     "RAY_worker_niceness": "0",
-    # Both for the end of the server: nothing new arrives by then, so there is nothing to wait for.
+    # For the end of the server: nothing new arrives by then, so there is nothing to wait for.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "60",
+    # Whenever replicas come or go, for what an HAProxy of before still answers: that may be long.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "86400",
 }
 
 PORT_SETTINGS = (

@@ -138,11 +138,15 @@ class AsyncEngine:
         token = asyncio.ensure_future(self._one_token())
         try:
             while not (await asyncio.wait({token}, timeout=STALL_CHECK_PERIOD_S))[0]:
-                if self._engine.stalled_s > STALL_TIMEOUT_S:
-                    raise EngineDeadError(f"no layer ended within {STALL_TIMEOUT_S:.0f} s")
+                self._check_stall()
             token.result()
+            self._check_stall()  # a full queue takes no request for a token
         finally:
             token.cancel()
+
+    def _check_stall(self) -> None:
+        if self._engine.stalled_s > STALL_TIMEOUT_S:
+            raise EngineDeadError(f"no layer began within {STALL_TIMEOUT_S:.0f} s")
 
     async def _one_token(self) -> None:
         if self._engine.failure is not None:

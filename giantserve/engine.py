@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_S = 60.0
 BUSY_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 60.0
 
 
 def _run_all(actions: Sequence[Callable[[], None]]) -> None:
@@ -170,8 +171,9 @@ class Engine:
 
     @property
     def stalled_s(self) -> float:
-        """For how long no shard has got on with the passes under way; 0 where there are none."""
-        if not self._in_flight:
+        """For how long no shard has got on with the passes under way; 0 where there are none, and
+        while weights load: a pass then waits for a unit for as long as its disk takes."""
+        if not self._in_flight or not self._loaded.is_set():
             return 0.0
         return time.monotonic() - max(self._busy_since_s, self._executor.heard_s)
 
@@ -311,10 +313,13 @@ class Engine:
         """Leave cached KV to a later engine, if the config says so."""
         if self.config.prefix_memory is None:
             return
+        begun_s = time.monotonic()
         while self._in_flight:
-            for result in self._executor.results(None):
+            for result in self._executor.results(BUSY_TIMEOUT_S):
                 self._in_flight -= 1
                 self._take(result)
+            if time.monotonic() - max(begun_s, self._executor.heard_s) > CLOSE_TIMEOUT_S:
+                raise EngineDeadError(f"no shard got on within {CLOSE_TIMEOUT_S:.0f} s")
         for seq_id in self._open:
             self._scheduler.abort(seq_id)
         plan = self.plan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from fastapi import Request
 
 from giantserve.api.errors import BodyTooLargeError, ParameterError
@@ -14,12 +16,12 @@ async def read_body(request: Request, limit: int) -> bytes:
 
     A larger one is read on and thrown away, up to `DRAIN_FACTOR` times the limit, since a client
     whose sending is cut off never sees the answer. Raises BodyTooLargeError, or ParameterError for
-    a bad length.
+    a Content-Length that is no number.
     """
     declared = request.headers.get("content-length")
-    if declared is not None and not declared.isascii():
+    if declared is not None and not re.fullmatch("[0-9]{1,20}", declared):
         raise ParameterError("the Content-Length header is not a number")
-    too_large = declared is not None and declared.isdigit() and int(declared) > limit
+    too_large = declared is not None and int(declared) > limit
     body = bytearray()
     received = 0
     async for chunk in request.stream():

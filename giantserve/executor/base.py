@@ -33,13 +33,15 @@ from giantserve.executor.messages import (
     StatsRequest,
     Stop,
 )
-from giantserve.executor.worker_socket import set_no_delay
+from giantserve.executor.worker_socket import set_options
 from giantserve.shard_spec import ShardSpec
 from giantserve.step import StepPlan, StepResult
 from kvcache.block_copy import BlockCopy
 from kvcache.tier import Tier
 
-CONNECT_TIMEOUT_S = 120.0
+CONNECT_TIMEOUT_S, CONNECT_CHECK_PERIOD_S = 120.0, 0.5
+KEEP_TIMEOUT_S = 300.0
+SPANS_TIMEOUT_S = 60.0
 ProgressCallback = Callable[[int, LoadProgress], None]
 
 
@@ -91,6 +93,10 @@ class Executor(ABC):
         """The address at which other workers reach this one."""
 
     @abstractmethod
+    def _has_ended(self, rank: int) -> bool:
+        """Whether a worker that was started is gone. Does not wait."""
+
+    @abstractmethod
     def _why_gone(self, rank: int) -> str:
         """What is known of how a worker ended."""
 
@@ -103,18 +109,23 @@ class Executor(ABC):
 
     def _accept(self, listener: Listener, count: int) -> None:
         accepting: socket.socket = listener._listener._socket  # type: ignore[attr-defined]
-        accepting.settimeout(CONNECT_TIMEOUT_S)
-        while len(self._connections) < count:
-            try:
+        accepting.settimeout(CONNECT_CHECK_PERIOD_S)
+        give_up_s = time.monotonic() + CONNECT_TIMEOUT_S
+        while missing := sorted(set(range(count)) - set(self._connections)):
+            with contextlib.suppress(TimeoutError, EOFError, ConnectionError):
                 connection = listener.accept()
-            except TimeoutError:
-                missing = sorted(set(range(count)) - set(self._connections))
+                set_options(connection)
+                hello: Hello = connection.recv()
+                self._connections[hello.rank] = connection
+                continue
+            for rank in missing:
+                if self._has_ended(rank):
+                    self._broken = True
+                    raise self._death(rank)
+            if time.monotonic() > give_up_s:
                 raise EngineDeadError(
                     f"workers {missing} did not start within {CONNECT_TIMEOUT_S:.0f} s"
-                ) from None
-            set_no_delay(connection)
-            hello: Hello = connection.recv()
-            self._connections[hello.rank] = connection
+                )
 
     def _set_up(self, specs: list[ShardSpec]) -> None:
         hosts = [self._worker_host(spec.rank) for spec in specs]
@@ -156,12 +167,15 @@ class Executor(ABC):
             message = self._connections[rank].recv()
         except (EOFError, OSError):
             self._broken = True
-            raise EngineDeadError(f"shard {rank} died: {self._why_gone(rank)}") from None
+            raise self._death(rank) from None
         if isinstance(message, Failure):
             self._broken = True
             message.error.add_note(message.trace)
             raise message.error
         return message
+
+    def _death(self, rank: int) -> EngineDeadError:
+        return EngineDeadError(f"shard {rank} died: {self._why_gone(rank)}")
 
     def submit(self, plan: StepPlan) -> None:
         """Hand a pass to all shards at once. Raises EngineDeadError where one is gone."""
@@ -240,23 +254,35 @@ class Executor(ABC):
         return self._stats if len(self._stats) == len(self._connections) else None
 
     def keep(self, copies: tuple[BlockCopy, ...], hashes: dict[int, bytes]) -> None:
-        """Have all shards leave these KV blocks to later workers; waits until they have.
+        """Have all shards leave these KV blocks to later workers; waits until they have, at most
+        `KEEP_TIMEOUT_S`.
 
-        Raises what a shard failed with, or EngineDeadError where one is gone.
+        Raises what a shard failed with, or EngineDeadError where one is gone or does not answer.
         """
         for connection in self._connections.values():
             connection.send(Keep(copies=copies, hashes=hashes))
-        for rank in self._connections:
-            while not isinstance(self._receive(rank), Kept):
-                continue
+        give_up_s = time.monotonic() + KEEP_TIMEOUT_S
+        for rank, connection in self._connections.items():
+            kept = False
+            while not kept:
+                if not connection.poll(max(0.0, give_up_s - time.monotonic())):
+                    self._broken = True
+                    raise EngineDeadError(
+                        f"shard {rank} did not keep its KV within {KEEP_TIMEOUT_S:.0f} s"
+                    )
+                kept = isinstance(self._receive(rank), Kept)
 
     def _collect_spans(self) -> None:
-        """What the workers send before they go; nothing of one that is gone."""
+        """What the workers send before they go, within `SPANS_TIMEOUT_S`; nothing of one that is
+        gone."""
+        give_up_s = time.monotonic() + SPANS_TIMEOUT_S
         for rank, connection in self._connections.items():
             with contextlib.suppress(EOFError, OSError):
-                while not isinstance(message := connection.recv(), Spans):
-                    continue
-                self.spans[rank] = message.spans
+                while connection.poll(max(0.0, give_up_s - time.monotonic())):
+                    message = connection.recv()
+                    if isinstance(message, Spans):
+                        self.spans[rank] = message.spans
+                        break
 
     def close(self) -> None:
         """Stop the workers and release everything. Idempotent."""
@@ -271,8 +297,10 @@ class Executor(ABC):
                 continue  # it is gone already
         if self._traces and not self._broken:
             self._collect_spans()
-        self._end_workers()
-        for connection in self._connections.values():
-            connection.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        try:
+            self._end_workers()
+        finally:
+            for connection in self._connections.values():
+                connection.close()
+            os.close(self._wake_read)
+            os.close(self._wake_write)

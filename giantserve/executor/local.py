@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
+from giantserve.errors import EngineDeadError
 from giantserve.executor.base import Executor, ProgressCallback
 from giantserve.executor.launcher import Launcher
 from giantserve.shard_spec import ShardSpec
@@ -38,6 +40,9 @@ class LocalExecutor(Executor):
     def _worker_host(self, rank: int) -> str:
         return LOOPBACK
 
+    def _has_ended(self, rank: int) -> bool:
+        return self._launcher.exit_status(self._pids[rank]) is not None
+
     def _why_gone(self, rank: int) -> str:
         deadline = time.monotonic() + 1.0
         while (status := self._launcher.exit_status(self._pids[rank])) is None:
@@ -48,10 +53,11 @@ class LocalExecutor(Executor):
 
     def _end_workers(self) -> None:
         deadline = time.monotonic() + (0.0 if self._broken else STOP_TIMEOUT_S)
-        for pid in self._pids:
-            while self._launcher.exit_status(pid) is None:
-                if time.monotonic() > deadline:
-                    self._launcher.kill(pid)
-                time.sleep(0.005)
+        with contextlib.suppress(EngineDeadError):  # without a launcher they end by themselves
+            for pid in self._pids:
+                while self._launcher.exit_status(pid) is None:
+                    if time.monotonic() > deadline:
+                        self._launcher.kill(pid)
+                    time.sleep(0.005)
         if self._own_launcher:
             self._launcher.close()

@@ -116,14 +116,18 @@ class RayExecutor(Executor):
     def _worker_host(self, rank: int) -> str:
         return self._hosts[rank]
 
+    def _has_ended(self, rank: int) -> bool:
+        return bool(ray.wait([self._runs[rank]], timeout=0)[0])
+
     def _why_gone(self, rank: int) -> str:
         try:
             ray.get(self._runs[rank], timeout=2.0)
         except ray.exceptions.RayActorError as error:
             return str(error).splitlines()[0]
         except ray.exceptions.RayTaskError as error:
-            known = isinstance(error.cause, EngineDeadError)
-            return str(error.cause) if known else type(error).__name__
+            cause = error.cause
+            known = isinstance(cause, EngineDeadError)
+            return str(cause) if known else f"{type(cause).__name__}: {cause}"
         except ray.exceptions.GetTimeoutError as error:
             return type(error).__name__
         return "its connection closed"

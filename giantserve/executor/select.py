@@ -18,7 +18,8 @@ def make_executor(
     on_progress: ProgressCallback,
     launcher: Launcher | None = None,
 ) -> Executor:
-    """Start the workers of ``plan``; blocks until all have loaded their shards."""
+    """Start the workers of ``plan``; returns when all take passes, which may be before they are
+    loaded."""
     specs = shard_specs(config, plan)
     if config.executor == "local":
         from giantserve.executor.local import LocalExecutor

@@ -34,7 +34,7 @@ from giantserve.executor.messages import (
     StatsRequest,
     Stop,
 )
-from giantserve.executor.worker_socket import set_no_delay
+from giantserve.executor.worker_socket import set_options
 from giantserve.models.collectives import StageLink, TensorParallel
 from giantserve.models.shared_memory import SharedMemoryGroup
 from giantserve.shard import Shard
@@ -51,7 +51,7 @@ class _Engine:
 
     def __init__(self, address: tuple[str, int], authkey: bytes, rank: int) -> None:
         self._connection = Client(address, authkey=authkey)
-        set_no_delay(self._connection)
+        set_options(self._connection)
         self._lock = threading.Lock()
         self.rank = rank
 

@@ -7,8 +7,19 @@ import socket
 from multiprocessing.connection import Connection
 from typing import Any
 
+KEEPALIVE_AFTER_S, KEEPALIVE_PERIOD_S, NUM_KEEPALIVES = 20, 10, 4
 
-def set_no_delay(connection: Connection[Any, Any]) -> None:
-    """Send small messages at once instead of waiting to fill a packet (Nagle)."""
+
+def set_options(connection: Connection[Any, Any]) -> None:
+    """Send small messages at once instead of waiting to fill a packet (Nagle), and end the
+    connection when the other's node has not answered the kernel's probes for a minute.
+
+    No TCP_USER_TIMEOUT: it would end that of a worker, too, whose pass takes longer, while a plan
+    that fills its buffer waits to be read.
+    """
     with socket.socket(fileno=os.dup(connection.fileno())) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_AFTER_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_PERIOD_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, NUM_KEEPALIVES)

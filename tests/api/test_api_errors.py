@@ -87,6 +87,12 @@ async def test_large_bodies_are_refused_by_length_and_by_count(
     assert engine.calls == []
 
 
+@pytest.mark.parametrize("length", ["abc", "-1", "+1", "1_0", "²".encode(), "9" * 5000])
+async def test_a_length_that_is_no_number(http: httpx.AsyncClient, length: str | bytes) -> None:
+    response = await http.post(PATH, content=b"{}", headers={"Content-Length": length})
+    check(response, 400, "the Content-Length header is not a number")
+
+
 async def test_paths_methods_and_models(http: httpx.AsyncClient) -> None:
     check(await http.get("/nowhere"), 404, "no such path: GET /nowhere")
     response = await http.get(PATH)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.__main__ import _delete_app
 from deployments.metrics import flatten
 from deployments.options import DeploymentOptions, parse_args
-from deployments.placement import gpus_per_shard
+from deployments.placement import gpus_per_shard, missing
 from deployments.port import held_port
 from deployments.tuning import PORT_SETTINGS, SERVE_SETTINGS, tune
 from giantserve.config import EngineConfig
@@ -92,6 +95,35 @@ def test_gpus_follow_the_device_unless_they_are_given() -> None:
     assert gpus_per_shard(cuda, DeploymentOptions(gpus_per_shard=0.5)) == 0.5
 
 
+def test_what_a_cluster_lacks_for_all_bundles() -> None:
+    bundles = [{"CPU": 0.1}, {"CPU": 0.3, "GPU": 1.0}, {"CPU": 0.3, "GPU": 1.0}] * 2
+    assert missing(bundles, {"CPU": 1.4, "GPU": 4.0}) == ""
+    assert missing(bundles, {"CPU": 8.0, "GPU": 1.0}) == "4 GPUs where the cluster has 1"
+    assert missing(bundles, {"CPU": 1.0}) == (
+        "1.4 CPUs where the cluster has 1 and 4 GPUs where the cluster has 0"
+    )
+    assert missing([{"CPU": 0.1}] * 30, {"CPU": 3.0}) == "", "0.1 is not a binary fraction"
+
+
+def test_replicas_that_take_long_to_end_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Serve's own wait is a minute, whatever they may take."""
+    clock_s = [0.0]
+    tried: list[float] = []
+
+    def delete(name: str) -> None:
+        tried.append(clock_s[0])
+        clock_s[0] += 60.0
+        raise TimeoutError("not deleted after 60s")
+
+    monkeypatch.setattr(serve, "delete", delete)
+    monkeypatch.setattr(time, "monotonic", lambda: clock_s[0])
+    _delete_app(drain_timeout_s=100.0)
+    assert tried == [0.0, 60.0]
+    assert "have not ended in time" in caplog.text
+
+
 def test_settings_leave_the_users_alone() -> None:
     environment = {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
     tune(environment)
@@ -128,6 +160,16 @@ def test_a_taken_port_is_one_line_before_anything_loads() -> None:
     assert done.stderr == (
         f"error: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port\n"
     )
+
+
+def test_an_ipv6_host_is_refused() -> None:
+    """HAProxy would listen on IPv4 alone."""
+    for host in ("::", "::1"):
+        with (
+            pytest.raises(ConfigError, match=f"host '{host}' is an IPv6 address"),
+            held_port(host, free_port()),
+        ):
+            pass
 
 
 def test_servers_that_start_together_do_not_share_a_port() -> None:

@@ -28,6 +28,7 @@ from zoo import make_prompts, reference
 
 from giantserve.client import Client, RetryPolicy
 from giantserve.errors import EngineDeadError
+from giantserve.free_ports import free_port
 
 NUM_TOKENS = 32
 LONG = 1500
@@ -279,6 +280,18 @@ def test_a_taken_port_is_one_line(server: Server, model: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "Address already in use" in done.stderr
+
+
+def test_more_gpus_than_there_are_is_one_line(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "deployments", str(model), f"--port={free_port()}"]
+    options = [f"nvme_dir={tmp_path}", "allow_unused_tiers=true", "gpus_per_shard=64"]
+    sizes = ["device_memory=32MiB", "host_memory=8MiB"]
+    done = subprocess.run(
+        [*command, *options, *sizes], capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the replicas need 64 GPUs where the cluster has ")
 
 
 def workers(server: Server) -> list[psutil.Process]:

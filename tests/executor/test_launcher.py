@@ -107,6 +107,17 @@ def test_a_client_that_goes_takes_its_workers_along_and_no_others(socket_path: P
         also_kept.close()
 
 
+def test_a_worker_that_cannot_connect_says_why(capfd: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(Launcher()) as launcher:
+        pid = launcher.launch(("127.0.0.1", 1), AUTHKEY, 0)
+        give_up_s = time.monotonic() + TIMEOUT_S
+        while launcher.exit_status(pid) is None and time.monotonic() < give_up_s:
+            time.sleep(0.01)
+        assert launcher.exit_status(pid) == "status 1"
+    said = capfd.readouterr().err
+    assert said.startswith("Traceback") and "ConnectionRefusedError" in said
+
+
 PARENT = """
 import sys, time
 from multiprocessing.connection import Listener

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,8 @@ import pytest
 
 from giantserve import LLM, SamplingParams
 from giantserve.errors import EngineDeadError
+from giantserve.executor.base import CONNECT_TIMEOUT_S
+from giantserve.executor.launcher import Launcher
 from tests.faults.conftest import PROMPTS, Opener, tokens
 
 LONG = SamplingParams(max_tokens=90, temperature=0.0, ignore_eos=True)
@@ -123,3 +126,19 @@ def test_a_shard_that_dies_while_loading(
     assert not left
     with open_llm(pristine, nvme_dir, pipeline_parallel=2) as again:
         assert tokens(again) == expected
+
+
+def test_a_shard_that_dies_before_it_connects(
+    pristine: Path, nvme_dir: Path, open_llm: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = Launcher.launch
+
+    def misled(self: Launcher, address: tuple[str, int], authkey: bytes, rank: int) -> int:
+        """Rank 1 connects where nobody listens."""
+        return launch(self, address if rank == 0 else (address[0], 1), authkey, rank)
+
+    monkeypatch.setattr(Launcher, "launch", misled)
+    begun_s = time.monotonic()
+    with pytest.raises(EngineDeadError, match="shard 1 died: its process ended with status 1"):
+        open_llm(pristine, nvme_dir, pipeline_parallel=2)
+    assert time.monotonic() - begun_s < CONNECT_TIMEOUT_S / 2

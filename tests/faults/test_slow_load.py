@@ -149,13 +149,36 @@ def test_a_replica_that_loads_is_well_and_one_that_hangs_is_not(
         (pid,) = engine._engine._executor.worker_pids  # type: ignore[attr-defined]
         os.kill(pid, signal.SIGSTOP)
         try:
-            with pytest.raises(EngineDeadError, match="no layer ended within"):
+            with pytest.raises(EngineDeadError, match="no layer began within"):
                 await engine.check_health()
         finally:
             os.kill(pid, signal.SIGCONT)
         while engine._engine.stalled_s > 0:
             await asyncio.sleep(0.01)
         await engine.check_health()
+        await engine.close()
+
+    asyncio.run(check())
+
+
+def test_a_unit_that_takes_long_to_load_is_no_stall(
+    slow: SlowModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker is stopped in the load, as it is while a disk takes its time for a unit."""
+    monkeypatch.setattr(async_engine_module, "STALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(async_engine_module, "STALL_CHECK_PERIOD_S", 0.05)
+    engine = AsyncEngine(slow.config(), launcher=slow.launcher)
+    (pid,) = engine._engine._executor.worker_pids  # type: ignore[attr-defined]
+    os.kill(pid, signal.SIGSTOP)
+
+    async def check() -> None:
+        health = asyncio.ensure_future(engine.check_health())
+        await asyncio.sleep(1.5)
+        assert not health.done() and not engine._engine._loaded.is_set()
+        os.kill(pid, signal.SIGCONT)
+        await engine.wait_until_loaded()
+        monkeypatch.setattr(async_engine_module, "STALL_TIMEOUT_S", 60.0)
+        await health
         await engine.close()
 
     asyncio.run(check())
