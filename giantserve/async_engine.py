@@ -10,7 +10,7 @@ from typing import Any
 
 from giantserve.config import EngineConfig
 from giantserve.engine import Engine
-from giantserve.errors import EngineDeadError, GiantserveError, QueueFullError
+from giantserve.errors import EngineDeadError, GiantserveError, OverflowedError, QueueFullError
 from giantserve.executor.launcher import Launcher
 from giantserve.executor.messages import LoadProgress
 from giantserve.outputs import StreamDelta
@@ -153,7 +153,8 @@ class AsyncEngine:
             raise EngineDeadError(str(self._engine.failure))
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         request_id = f"health-{secrets.token_hex(8)}"
-        with contextlib.suppress(QueueFullError):  # it has enough to do, and stalls or does not
+        # With a full queue it has enough to do, and stalls or does not; logits are the model's.
+        with contextlib.suppress(QueueFullError, OverflowedError):
             async for _ in self.generate([0], params, request_id=request_id, priority=1):
                 pass
 

@@ -21,6 +21,7 @@ from giantserve.errors import (
     GiantserveError,
     InvalidRequestError,
     KVLostError,
+    OverflowedError,
 )
 from giantserve.executor.base import Executor
 from giantserve.executor.launcher import Launcher, run_beside
@@ -379,11 +380,20 @@ class Engine:
                 continue  # aborted while the pass ran
             if not self._scheduler.took(token.seq_id, num_tokens):
                 continue  # computed from KV that was lost
+            if token.overflowed:
+                self._fail(self._open.request_id(token.seq_id), self._overflow())
+                continue
             self.counters.tokens += 1
             sink, delta = self._open.take(token)
             if delta.finish_reason is not None:
                 self._scheduler.finish(token.seq_id)
             sink(delta)
+
+    def _overflow(self) -> OverflowedError:
+        return OverflowedError(
+            f"the model's logits are not finite: its activations overflow {self.plan.dtype}; load "
+            'it with another dtype ("bfloat16", "float32")'
+        )
 
     def _fail_lost(self) -> None:
         for request in self._scheduler.given_up():

@@ -64,6 +64,10 @@ class KVLostError(GiantserveError):
     error_type = "service_unavailable"
 
 
+class OverflowedError(GiantserveError):
+    """The model's logits for the request are not finite: its activations overflow the dtype."""
+
+
 class ConfigError(GiantserveError, ValueError):
     """An option has a value that cannot be honoured; the message names the value, the limit and the
     mend."""

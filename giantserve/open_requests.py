@@ -125,6 +125,10 @@ class OpenRequests:
             del self._by_sequence[seq_id]
         return list(ticket.choices)
 
+    def request_id(self, seq_id: int) -> str:
+        """Whose the sequence is, which must be open."""
+        return self._by_sequence[seq_id].request_id
+
     def sink(self, request_id: str) -> Sink | None:
         """Who takes the request's deltas; None where it is not open."""
         ticket = self._tickets.get(request_id)

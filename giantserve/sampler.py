@@ -21,10 +21,14 @@ class Sampler:
     def sample(self, logits_SV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """The tokens of the S rows, in order. ``logits_SV`` [rows, vocabulary] is only read.
 
-        A batch of greedy rows without adjustments costs one argmax and one transfer to the host.
+        Rows whose highest logit is not finite come back as ``overflowed``, and disturb no other.
         """
         if not rows:
             return []
+        is_finite_S = logits_SV.amax(dim=-1).isfinite()
+        finite: list[bool] = is_finite_S.tolist()
+        if not all(finite):
+            logits_SV = torch.where(is_finite_S[:, None], logits_SV, 0.0)
         token_ids = self._choose(logits_SV, rows)
         asking = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
         logprobs = dict(
@@ -39,7 +43,12 @@ class Sampler:
             )
         )
         return [
-            SampledToken(seq_id=row.seq_id, token_id=token_id, logprobs=logprobs.get(index))
+            SampledToken(
+                seq_id=row.seq_id,
+                token_id=token_id,
+                logprobs=logprobs.get(index),
+                overflowed=not finite[index],
+            )
             for index, (row, token_id) in enumerate(zip(rows, token_ids, strict=True))
         ]
 

@@ -57,12 +57,13 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
-    """The token chosen for one sequence in a pass; ``logprobs`` where the request asked for
-    them."""
+    """The token chosen for one sequence in a pass; ``logprobs`` where the request asked for them.
+    Means nothing where ``overflowed``: the logits were not finite."""
 
     seq_id: int
     token_id: int
     logprobs: PositionLogprobs | None = None
+    overflowed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
