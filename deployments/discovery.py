@@ -10,7 +10,6 @@ import argparse
 import logging
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,9 +64,10 @@ class Discovery:
 def discover(address: str, folder: str | None = None, *, refresh: bool = False) -> Discovery:
     """Look at the Ray cluster at ``address`` ("auto": the one that runs here) and measure it.
 
-    ``folder`` is where weights would lie on every node's NVMe; None: its temp folder. What a node
-    has measured before is taken from there unless ``refresh``; links are measured every time.
-    Raises ConfigError where there is no cluster, or a node cannot be measured.
+    ``folder`` is where weights would lie on every node's NVMe; None: where an engine without
+    options puts them. What a node has measured before is taken from there unless ``refresh``; links
+    are measured every time. Raises ConfigError where there is no cluster, or a node cannot be
+    measured.
     """
     with _joined(address):
         listed: Any = ray.nodes
@@ -117,10 +117,10 @@ def usable_nodes(listed: Sequence[dict[str, Any]]) -> list[RayNode]:
 
 def look(node: RayNode, folder: str | None, refresh: bool) -> tuple[str, NodeSpec]:
     """Runs on the node: a line about it, and what the planner may know."""
-    from giantserve.node import discover_node
+    from giantserve.node import discover_node, nvme_folder
 
     machine, measured, spec = discover_node(
-        Path(folder or tempfile.gettempdir()),
+        nvme_folder(None if folder is None else Path(folder)),
         node.name,
         refresh=refresh,
         max_gpus=node.num_gpus,

@@ -33,6 +33,8 @@ class Checkpoint:
             raise CheckpointError(f"{path} has no config.json; it is not a model's folder")
         self.tensors: dict[str, StoredTensor] = {}
         digest = hashlib.sha256(config.read_bytes())
+        for code in sorted(path.glob("*.py")):
+            digest.update(code.read_bytes())
         expected = self._files()
         for file in sorted(expected):
             if not file.is_file():
@@ -48,7 +50,8 @@ class Checkpoint:
         for name in sorted(self.tensors):
             digest.update(f"{name} {self.tensors[name].shape}\n".encode())
         self.fingerprint = digest.hexdigest()
-        """Changes with the config, the names and shapes, and the files' sizes and times."""
+        """Changes with the config, code that comes along, the names and shapes, and the files'
+        sizes and times."""
 
     def read(self, name: str, box: Sequence[tuple[int, int]], out: torch.Tensor) -> None:
         """Write a box (a [start, stop) range a dimension) of a tensor into ``out``, in its

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from giantserve.calibrate import calibrate
+from giantserve.errors import ConfigError
 from kvcache.tier import TierBudget
+from partition.cache import default_cache_folder
 from partition.calibration import Calibration
 from partition.cluster import ClusterSpec, NodeSpec
 from partition.machine import Machine
@@ -25,6 +27,23 @@ GPU_SHARE = 0.9
 HOST_SHARE = 0.15
 """On a machine without a GPU device and host memory are the same; how much of it backs demoted
 KV."""
+
+
+def nvme_folder(given: Path | None) -> Path:
+    """Where weights and KV lie on NVMe, made if need be; None: in the user's cache folder.
+
+    Raises ConfigError where it cannot be written.
+    """
+    folder = (given or default_cache_folder() / "nvme").absolute()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"nvme_dir {folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"nvme_dir {folder} is not writable; choose another, or change its rights"
+        )
+    return folder
 
 
 def default_budget(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from giantserve.calibrate import calibrate
 from giantserve.config import EngineConfig
 from giantserve.errors import ConfigError
 from giantserve.executor.launcher import run_beside
-from giantserve.node import cluster_of, default_budget
+from giantserve.node import cluster_of, default_budget, nvme_folder
+from giantserve.stored_files import stored_bytes
 from kvcache.tier import TierBudget
 from partition import (
     Bandwidths,
@@ -22,7 +22,6 @@ from partition import (
     Workload,
 )
 from partition.byte_size import format_bytes
-from partition.cache import default_cache_folder
 from partition.machine import Machine
 from partition.problem import PlanningProblem
 from partition.profile_cache import known_or_made
@@ -107,8 +106,10 @@ def problem_on(cluster: ClusterSpec, config: EngineConfig) -> PlanningProblem:
 def _here(config: EngineConfig) -> tuple[EngineConfig, PlanningProblem]:
     """The config with its memory and device filled in from this machine, and the problem."""
     check(config)
-    folder = _nvme_folder(config)
+    folder = nvme_folder(config.nvme_dir)
     machine = Machine.discover(folder)
+    stored = stored_bytes(folder, Path(config.model))  # by an earlier run, which this one goes on
+    machine = replace(machine, free_disk_bytes=machine.free_disk_bytes + stored)
     device = _device(config, machine)
     num_devices = _num_devices(config, machine, device)
     profile = _profile(config)
@@ -201,19 +202,6 @@ def check(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
-
-
-def _nvme_folder(config: EngineConfig) -> Path:
-    folder = (config.nvme_dir or default_cache_folder() / "nvme").absolute()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"nvme_dir {folder} cannot be made: {error.strerror}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"nvme_dir {folder} is not writable; choose another, or change its rights"
-        )
-    return folder
 
 
 def _device(config: EngineConfig, machine: Machine) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from giantserve.checkpoint import Checkpoint, SourceMap
 from giantserve.errors import ConfigError
+from giantserve.stored_files import file_prefix
 from kvcache.arena import Arena
 from kvcache.shard_store import ShardStore
 from kvcache.tier import Tier
@@ -54,28 +57,40 @@ class ShardWeights:
 
     def fill(self, unit: UnitLayout, buffer: torch.Tensor) -> None:
         """Write this rank's part of the unit's tensors into its bytes (uint8, CPU)."""
-        rank, heads = self._shard.tp_rank, self._profile.heads
         for slot in unit.tensors:
-            out = slot.view(buffer)
-            parameter = self._parameters[slot.name]
-            if parameter.rule is None or self._world == 1:
-                self._source.fill(slot.name, None, (), out)
-            else:
-                ranges = parameter.ranges(heads, rank, self._world)
-                self._source.fill(slot.name, parameter.rule.dim, ranges, out)
+            self._source.fill(slot.name, *self._part(slot.name), slot.view(buffer))
 
     @property
     def key(self) -> str:
-        """Names exactly which part of which weights the rank holds."""
+        """Names exactly which part of which weights the rank holds, and how it lies in its
+        units."""
         kind = "ep" if self._plan.expert_parallel else "tp"
-        return "-".join(
+        return file_prefix(Path(self._plan.model)) + "-".join(
             (
                 self._checkpoint.fingerprint[:16],
                 self._plan.dtype,
                 f"{kind}{self._shard.tp_rank}of{self._world}",
                 f"layers{self._stage.first_layer}to{self._stage.end_layer}",
+                self._arrangement(),
             )
         )
+
+    def _arrangement(self) -> str:
+        """A hash of what each tensor's bytes in its unit are: where they lie, which part of it they
+        are, and the version of what converts the checkpoint's tensors to the model's."""
+        known = hashlib.sha256(version("transformers").encode())
+        for unit in self.layouts:
+            for slot in unit.tensors:
+                known.update(repr((unit.name, slot, self._part(slot.name))).encode())
+        return known.hexdigest()[:16]
+
+    def _part(self, name: str) -> tuple[int | None, tuple[tuple[int, int], ...]]:
+        """The dimension and its ranges that the rank holds of a parameter; None: all of it."""
+        parameter = self._parameters[name]
+        if parameter.rule is None or self._world == 1:
+            return None, ()
+        ranges = parameter.ranges(self._profile.heads, self._shard.tp_rank, self._world)
+        return parameter.rule.dim, ranges
 
     def open_store(self) -> ShardStore | None:
         """The store of what the plan keeps on NVMe, whether it is written or not; None: nothing.

@@ -10,10 +10,10 @@ import logging
 import os
 import re
 import threading
+import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from kvcache.storage import BACKENDS, DirectFile, StorageBackend, reserve
 from kvcache.unit_layout import UnitLayout
 
 STORE_VERSION = 1
+MAX_TRIES, RETRY_PERIOD_S = 100, 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class ShardStore:
             raise ValueError(f"storage backend {backend!r} is not one of {sorted(BACKENDS)}")
         make_private(folder)
         stem = (
-            re.sub(r"[^\w.-]+", "_", key)[:80] + "-" + hashlib.sha256(key.encode()).hexdigest()[:8]
+            re.sub(r"[^\w.-]+", "_", key)[:160] + "-" + hashlib.sha256(key.encode()).hexdigest()[:8]
         )
         self.key = key
         self.path = folder / f"{stem}.weights"
@@ -118,20 +119,31 @@ class ShardStore:
 
         ``fill(name, buffer)`` writes a unit's bytes. ``staging()`` gives the buffer, as large as
         the largest unit, and is called only if something must be written. ``progress`` gets the
-        bytes of every unit that is there. Waits while another process packs the same store. Returns
-        whether anything was written.
+        bytes of every unit that is there. Waits while another process packs the same store, and
+        goes on where one stopped before the end. Returns whether anything was written.
         """
         packed = False
         self._sections = dict(sections or {})
-        with self._exclusive() as may_write:
-            if not self._load_index(units):
-                if not may_write:
-                    raise StoreError(
-                        f"{self.path} is in use by another process and holds other units; stop it, "
-                        "or give this one its own nvme_dir"
-                    )
-                self._pack(units, fill, staging, progress)
+        for _ in range(MAX_TRIES):
+            if self._lock_exclusively() and not self._load_index(units):
+                try:
+                    self._pack(units, fill, staging, progress)
+                except BaseException:
+                    fcntl.flock(self._lock, fcntl.LOCK_UN)
+                    raise
                 packed = True
+            fcntl.flock(self._lock, fcntl.LOCK_SH)  # waits for who packs
+            if self._load_index(units):
+                break
+            if self._index.exists():
+                raise StoreError(
+                    f"{self.path} is in use by another process and holds other units; stop it, "
+                    "or give this one its own nvme_dir"
+                )
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            time.sleep(RETRY_PERIOD_S)
+        else:
+            raise StoreError(f"{self.path} is in use, but its index is gone; stop who uses it")
         if not packed and progress is not None:
             for _, num_bytes in units:
                 progress(num_bytes)
@@ -220,19 +232,13 @@ class ShardStore:
             os.close(self._lock)
             self._lock = -1
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[bool]:
-        """Hold the lock for writing if nobody has it, else for reading; afterwards, for reading."""
+    def _lock_exclusively(self) -> bool:
+        """Whether nobody else holds the lock."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            may_write = True
         except BlockingIOError:
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
-            may_write = False
-        try:
-            yield may_write
-        finally:
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            return False
+        return True
 
     def _load_index(self, units: Sequence[tuple[str, int]]) -> bool:
         try:

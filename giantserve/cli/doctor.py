@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +20,9 @@ from partition.machine import Machine
 def doctor(
     nvme_dir: Annotated[
         Path | None,
-        typer.Option(help="The folder whose disk is measured; default: the temp folder."),
+        typer.Option(
+            help="The folder whose disk is measured; default: where `serve` keeps weights and KV."
+        ),
     ] = None,
     cluster: Annotated[
         str | None,
@@ -45,7 +46,7 @@ def doctor(
         text = discovered(cluster, nvme_dir, refresh=refresh)
         print_cluster(console, text)
     else:
-        text = _here(console, nvme_dir or Path(tempfile.gettempdir()), refresh=refresh)
+        text = _here(console, nvme_dir, refresh=refresh)
     if yaml is not None:
         try:
             yaml.write_text(text, encoding="utf-8")
@@ -53,10 +54,11 @@ def doctor(
             raise ConfigError(f"cannot write {yaml}: {error.strerror}; name another file") from None
 
 
-def _here(console: Console, folder: Path, *, refresh: bool) -> str:
+def _here(console: Console, nvme_dir: Path | None, *, refresh: bool) -> str:
     """This machine, in tables and as a cluster file."""
-    from giantserve.node import discover_node
+    from giantserve.node import discover_node, nvme_folder
 
+    folder = nvme_folder(nvme_dir)
     with console.status(f"measuring the disk of {folder}, memory and compute"):
         machine, found, node = discover_node(folder, refresh=refresh)
     console.print(_hardware(machine))

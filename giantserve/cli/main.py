@@ -52,14 +52,15 @@ def main() -> None:
         app(prog_name="giantserve")
     except GiantserveError as error:
         _fail(str(error), 1)
-    except ValueError as error:
-        from partition.errors import PlanError
-
-        if not isinstance(error, PlanError):
-            raise
-        _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except Exception as error:
+        from kvcache.errors import TierError
+        from partition.errors import PlanError
+
+        if not isinstance(error, PlanError | TierError):
+            raise
+        _fail(str(error), 1)
 
 
 def _fail(message: str, code: int) -> None:

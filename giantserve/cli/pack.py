@@ -14,9 +14,11 @@ from giantserve.options import engine_config
 
 @with_engine_options
 def pack(model: Model, engine: dict[str, Any]) -> None:
-    """Write the shard store of a model, so that `serve` with the same options starts at once.
+    """Write the shard store of a model ahead of `serve`, which then need not.
 
-    What is written already stays; a pack that was cut short goes on where it was.
+    Give the same sizes of memory to both: left out, they follow from what is free, and another plan
+    needs another store. What is written already stays; a pack that was cut short goes on where it
+    was.
     """
     config = engine_config({"model": model, **engine})
 

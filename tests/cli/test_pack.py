@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,13 +48,14 @@ def options(nvme_dir: Path) -> dict[str, object]:
     }
 
 
+def words(model: Path, nvme_dir: Path) -> list[str]:
+    given = options(nvme_dir).items()
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given]
+    return ["pack", str(model), *(word for pair in pairs for word in pair)]
+
+
 def packed(model: Path, nvme_dir: Path) -> str:
-    words = [
-        word
-        for name, value in options(nvme_dir).items()
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    done = CliRunner().invoke(app, ["pack", str(model), *words])
+    done = CliRunner().invoke(app, words(model, nvme_dir))
     assert done.exit_code == 0, done.output
     return done.stdout
 
@@ -87,3 +90,16 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["pack", str(tmp_path / "absent")])
     assert done.exit_code == 1
     assert "is not a folder" in str(done.exception)
+
+
+def test_a_store_that_cannot_be_used_is_one_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir(mode=0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "giantserve", *words(model, tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("giantserve: ") and "chmod 700" in done.stderr

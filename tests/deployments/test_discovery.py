@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from giantserve.calibrate import calibrate
 from giantserve.cli.main import app
 from giantserve.errors import ConfigError
 from giantserve.free_ports import free_port
+from giantserve.node import nvme_folder
 from partition.cluster import ClusterSpec
 from partition.machine import available_memory_bytes
 
@@ -41,7 +41,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Found]:
     folder = tmp_path_factory.mktemp("cluster")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        calibrate(Path(tempfile.gettempdir()))  # once for both nodes, and for every other run
+        calibrate(nvme_folder(None))  # once for both nodes, and for every other run
         cluster: Any = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 2, "object_store_memory": 128 << 20},
@@ -71,7 +71,7 @@ def test_every_node_that_works_is_a_node_with_its_own_budget(found: Found) -> No
     assert len({node.name for node in found.written.nodes}) == 2
     for node in found.written.nodes:
         (device,) = node.devices
-        assert device.bandwidths == calibrate(Path(tempfile.gettempdir())).bandwidths
+        assert device.bandwidths == calibrate(nvme_folder(None)).bandwidths
         assert device.name == "device-0" and not device.staged
         assert node.shared == ("disk", "memory", "compute") and node.num_cores == os.cpu_count()
     memory = sorted(
@@ -107,7 +107,7 @@ def test_a_machine_writes_itself(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["doctor", "--yaml", str(file)])
     assert done.exit_code == 0, done.output
     (node,) = ClusterSpec.from_yaml(file).nodes
-    assert node.devices[0].bandwidths == calibrate(Path(tempfile.gettempdir())).bandwidths
+    assert node.devices[0].bandwidths == calibrate(nvme_folder(None)).bandwidths
 
 
 def test_no_cluster_is_one_line_at_once() -> None:

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from kvcache import shard_store
 from kvcache.arena import Arena
 from kvcache.errors import CorruptUnitError, StoreError
 from kvcache.shard_store import ShardStore
@@ -191,6 +193,54 @@ def test_killed_pack_is_resumed(stores: Callable[..., ShardStore], tmp_path: Pat
     assert pack(again) == (True, ["c", "d"])
     assert_content(again)
     assert not journal.exists()
+
+
+WAITING = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_shard_store import MAX_BYTES, UNITS, ShardStore, buffer_of, fill
+
+def hanging(name, buffer):
+    if name == "c":
+        print("hangs", flush=True)
+        time.sleep(600)
+    fill(name, buffer)
+
+ShardStore(Path({folder!r}), "key").open_or_pack(UNITS, hanging, lambda: buffer_of(MAX_BYTES))
+"""
+
+
+def test_who_waits_goes_on_where_a_killed_pack_stopped(
+    stores: Callable[..., ShardStore], tmp_path: Path
+) -> None:
+    here = Path(__file__).parent
+    folder = str(tmp_path / "weights")
+    code = WAITING.format(root=str(here.parent.parent), tests=str(here), folder=folder)
+    waiting = [stores(), stores()]
+    with (
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as packer,
+        ThreadPoolExecutor(2) as beside,
+    ):
+        assert packer.stdout is not None and packer.stdout.readline() == b"hangs\n"
+        packs = [beside.submit(pack, store) for store in waiting]
+        with pytest.raises(TimeoutError):
+            packs[0].result(timeout=0.3)
+        packer.kill()
+        results = [each.result(timeout=60) for each in packs]
+    assert sorted(results) == [(False, []), (True, ["c", "d"])]
+    for store in waiting:
+        assert_content(store)
+
+
+def test_a_store_in_use_without_its_index_is_refused(
+    stores: Callable[..., ShardStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_store, "RETRY_PERIOD_S", 0.001)
+    pack(stores())
+    next((tmp_path / "weights").glob("*.json")).unlink()
+    with pytest.raises(StoreError, match="its index is gone"):
+        pack(stores())
 
 
 def test_store_in_use_is_not_overwritten(stores: Callable[..., ShardStore]) -> None:
