@@ -1,4 +1,4 @@
-"""Stream a chat from a server, then complete a batch. Needs neither torch nor Ray.
+"""Stream a chat from a server, then complete a batch. The client loads neither torch nor Ray.
 
 giantserve serve ./my-model
 python examples/client.py http://127.0.0.1:8000

@@ -12,7 +12,9 @@ from giantserve import LLM, SamplingParams
 
 def main(model: str, prompts: list[str]) -> None:
     params = SamplingParams(max_tokens=32, temperature=0.7, seed=1)
-    with LLM(model, device_memory="256MiB", host_memory="256MiB", pipeline_parallel=2) as llm:
+    # Sizes and parallelism are the planner's choice. To give less than is free, and see weights
+    # move: LLM(model, device_memory="8GiB", host_memory="16GiB"), per shard.
+    with LLM(model) as llm:
         print(llm.plan.reason)
         for output in llm.generate(prompts, params):
             print(f"{output.prompt!r} -> {output.text!r} ({output.finish_reason})")

@@ -38,7 +38,12 @@ def serve(
         str, typer.Option(help="Ray cluster to join; 'local' starts one here.")
     ] = "local",
     max_queued_requests: Annotated[
-        int, typer.Option(min=1, help="More wait in vain: 429.", rich_help_panel=LIMITS)
+        int,
+        typer.Option(
+            min=1,
+            help="Requests that may wait; more are refused with 429.",
+            rich_help_panel=LIMITS,
+        ),
     ] = 1024,
     enable_prefix_caching: Annotated[
         bool,
