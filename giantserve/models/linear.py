@@ -41,16 +41,26 @@ def can_pack(linear: nn.Module, weight: torch.Tensor) -> bool:
 
 def pack(linear: nn.Linear, weight: torch.Tensor, arena: Arena) -> None:
     """Reorder ``weight``, which lies in ``arena``, and give its pages back; the packed copy takes
-    their place in the arena's count. The module must not read its plain weight any more."""
+    their place in the arena's count. The module must not read its plain weight any more: of one
+    that is called before, see `pack_later`."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)
     linear.packed_weight = packed
-    if "forward" not in vars(linear):
-        replace_forward(linear, lambda hidden: _affine(linear, hidden))
+    pack_later(linear)
     arena.discard(weight)
 
 
+def pack_later(linear: nn.Linear) -> None:
+    """Let each call find out whether the weight is packed after the module's hooks have run, which
+    may wait for it: torch picks the forward before."""
+    if "forward" not in vars(linear):
+        replace_forward(linear, lambda hidden: _affine(linear, hidden))
+
+
 def _affine(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    packed = getattr(linear, "packed_weight", None)
+    if packed is None:
+        return F.linear(hidden, linear.weight, linear.bias)
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-        hidden, linear.packed_weight, linear.bias, "none", [], ""
+        hidden, packed, linear.bias, "none", [], ""
     )
     return out

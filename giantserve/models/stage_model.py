@@ -22,7 +22,7 @@ from giantserve.models.attention import PagedAttention
 from giantserve.models.batch import ChunkSpec
 from giantserve.models.caches import GatheringCache, PassThroughCache
 from giantserve.models.collectives import TensorParallel
-from giantserve.models.linear import can_pack, pack
+from giantserve.models.linear import can_pack, pack, pack_later
 from giantserve.models.pass_kv import PassKV, rotating
 from giantserve.models.patching import replace_forward
 from giantserve.models.pruning import (
@@ -188,6 +188,8 @@ class StageModel:
             if unit.name in resident:
                 if unit.kind in (UnitKind.ATTENTION, UnitKind.MLP, UnitKind.HEAD):
                     for module in self._entries(unit):
+                        if isinstance(module, nn.Linear):
+                            pack_later(module)
                         hook = module.register_forward_pre_hook(self._awaiting(unit.name))
                         self._waits.append(hook)
             elif unit.kind is not UnitKind.EMBEDDING:
