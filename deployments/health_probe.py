@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import TYPE_CHECKING
 
@@ -12,41 +13,35 @@ if TYPE_CHECKING:
     from giantserve.async_engine import AsyncEngine
 
 TOKEN_PERIOD_S = 30.0
-PROBE_WAIT_S = 1.0
+
+logger = logging.getLogger("ray.serve")
 
 
 class HealthProbe:
-    """Answers Serve's health checks.
+    """Answers Serve's health checks, without waiting.
 
-    A dead engine is found at every check; a real token is asked for less often, since with weights
-    on a disk it costs a pass over all of them. It may take longer than a check, as long as the pass
-    gets on. Serve replaces a replica after several failed checks in a row: once a token has failed
-    all do, until another, asked for at once, succeeds.
+    An engine that is dead or stalled is found at every check, and Serve replaces a replica after
+    several that fail in a row. An idle engine cannot stall: it is asked for a token now and then,
+    not at every check, since with weights on a disk that costs a pass over all of them.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._token: asyncio.Task[None] | None = None
         self._asked_s = time.monotonic()
-        self._failed: str | None = None
 
     async def check(self) -> None:
-        """Raises EngineDeadError where the engine is dead or the last token failed; waits for one
-        under way for at most `PROBE_WAIT_S`."""
+        """Raises EngineDeadError where the engine is dead or passes do not get on."""
         if self._engine.failure is not None:
             raise EngineDeadError(str(self._engine.failure))
-        is_due = time.monotonic() - self._asked_s >= TOKEN_PERIOD_S
-        if self._token is None and (is_due or self._failed is not None):
+        if self._token is None and time.monotonic() - self._asked_s >= TOKEN_PERIOD_S:
             self._token = asyncio.create_task(self._engine.check_health())
-        if self._token is not None:
-            done, _ = await asyncio.wait({self._token}, timeout=PROBE_WAIT_S)
-            if done:
-                error = self._token.exception()
-                self._failed = None if error is None else str(error)
-                self._token = None
-                self._asked_s = time.monotonic()
-        if self._failed is not None:
-            raise EngineDeadError(self._failed)
+        elif self._token is not None and self._token.done():
+            if (error := self._token.exception()) is not None:
+                logger.warning("no token for a health check: %s", error)
+            self._token = None
+            self._asked_s = time.monotonic()
+        self._engine.check_stall()
 
     def close(self) -> None:
         """Wait for no token any more."""

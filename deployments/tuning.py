@@ -30,6 +30,8 @@ SERVE_SETTINGS = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     # Whenever replicas come or go, for what an HAProxy of before still answers: that may be long.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "86400",
+    # By default as long as that: so many replicas may have been started as there are ports.
+    "RAY_SERVE_PORT_QUARANTINE_S": "150",
 }
 
 PORT_SETTINGS = (

@@ -19,7 +19,8 @@ from giantserve.sampling_params import SamplingParams
 from giantserve.tokenizer import Tokenizer
 from partition.plan import PartitionPlan
 
-STALL_TIMEOUT_S = 60.0
+STALL_TIMEOUT_S, LOAD_STALL_TIMEOUT_S = 60.0, 600.0
+STALL_LAYERS = 10
 STALL_CHECK_PERIOD_S = 1.0
 Item = StreamDelta | GiantserveError
 
@@ -133,20 +134,25 @@ class AsyncEngine:
         await asyncio.to_thread(self._engine.wait_until_loaded)
 
     async def check_health(self) -> None:
-        """Generate one token, however long a pass takes; raises EngineDeadError where passes do
-        not get on for `STALL_TIMEOUT_S`."""
+        """Generate one token, however long a pass takes; raises what `check_stall` raises."""
         token = asyncio.ensure_future(self._one_token())
         try:
             while not (await asyncio.wait({token}, timeout=STALL_CHECK_PERIOD_S))[0]:
-                self._check_stall()
+                self.check_stall()
             token.result()
-            self._check_stall()  # a full queue takes no request for a token
+            self.check_stall()  # a full queue takes no request for a token
         finally:
             token.cancel()
 
-    def _check_stall(self) -> None:
-        if self._engine.stalled_s > STALL_TIMEOUT_S:
-            raise EngineDeadError(f"no layer began within {STALL_TIMEOUT_S:.0f} s")
+    def check_stall(self) -> None:
+        """Raises EngineDeadError where passes do not get on for much longer than a layer should
+        take; while weights load, which a pass waits for, for `LOAD_STALL_TIMEOUT_S`."""
+        layer_s = self.plan.forecast.decode_pass_s / self.plan.stages[-1].end_layer
+        timeout_s = max(STALL_TIMEOUT_S, STALL_LAYERS * layer_s)
+        if not self._engine.is_loaded:
+            timeout_s = max(timeout_s, LOAD_STALL_TIMEOUT_S)
+        if self._engine.stalled_s > timeout_s:
+            raise EngineDeadError(f"no layer began within {timeout_s:.0f} s")
 
     async def _one_token(self) -> None:
         if self._engine.failure is not None:

@@ -171,10 +171,14 @@ class Engine:
             raise self._cause
 
     @property
+    def is_loaded(self) -> bool:
+        """Whether `wait_until_loaded` returns at once."""
+        return self._loaded.is_set()
+
+    @property
     def stalled_s(self) -> float:
-        """For how long no shard has got on with the passes under way; 0 where there are none, and
-        while weights load: a pass then waits for a unit for as long as its disk takes."""
-        if not self._in_flight or not self._loaded.is_set():
+        """For how long no shard has got on with the passes under way; 0 where there are none."""
+        if not self._in_flight:
             return 0.0
         return time.monotonic() - max(self._busy_since_s, self._executor.heard_s)
 
@@ -381,6 +385,7 @@ class Engine:
             if not self._scheduler.took(token.seq_id, num_tokens):
                 continue  # computed from KV that was lost
             if token.overflowed:
+                self._scheduler.distrust(token.seq_id)  # a codec makes numbers of what are none
                 self._fail(self._open.request_id(token.seq_id), self._overflow())
                 continue
             self.counters.tokens += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from giantserve.errors import ConfigError, InvalidRequestError, QueueFullError
@@ -12,6 +12,7 @@ from giantserve.request import Request, RequestStatus
 from giantserve.request_queue import RequestQueue
 from giantserve.scheduler_config import SchedulerConfig as SchedulerConfig
 from giantserve.step import NewSequence, SequenceChunk, StepPlan
+from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import BlockPool, CachedBlock
 from kvcache.tier import Tier
 
@@ -33,6 +34,22 @@ class _Draft:
     new: list[NewSequence] = field(default_factory=list)
     filled: list[tuple[Request, int, int]] = field(default_factory=list)
     preempted: bool = False
+
+
+def after_copies(
+    lost: Collection[CachedBlock], copies: Iterable[BlockCopy], later: Iterable[BlockCopy]
+) -> set[CachedBlock]:
+    """Where the content that a pass lost lies once its own ``copies`` and ``later`` ones have run:
+    some take it along, others replace it."""
+    own = list(copies)
+    found = set(lost) - {CachedBlock(copy.target, copy.target_id) for copy in own}
+    for copy, is_own in (*((each, True) for each in own), *((each, False) for each in later)):
+        target = CachedBlock(copy.target, copy.target_id)
+        if CachedBlock(copy.source, copy.source_id) in found or (is_own and target in lost):
+            found.add(target)
+        else:
+            found.discard(target)
+    return found
 
 
 class Scheduler:
@@ -175,7 +192,8 @@ class Scheduler:
         if plan is None:
             raise ValueError(f"step {step_id} is not in flight; in flight are {[*self._in_flight]}")
         if lost:
-            self._lose({*self._copied(lost, plan), *self._left_by_ended()})
+            later = [copy for each in self._in_flight.values() for copy in each.copies]
+            self._lose({*after_copies(lost, plan.copies, later), *self._left_by_ended()})
             self._pool.count_losses(set(lost))
         self._filled.pop(step_id, None)
         for chunk in plan.chunks:
@@ -196,6 +214,11 @@ class Scheduler:
         """Whether a live request has more than ``num_output_tokens``: its last token counted."""
         request = self._requests.get(seq_id)
         return request is not None and len(request.output_token_ids) > num_output_tokens
+
+    def distrust(self, seq_id: int) -> None:
+        """No later prompt may match what a live request has computed."""
+        blocks = self._requests[seq_id].block_ids
+        self._pool.forget([CachedBlock(Tier.DEVICE, block_id) for block_id in blocks])
 
     def given_up(self) -> tuple[Request, ...]:
         """Requests whose KV was lost `MAX_LOSSES` times; they try on until aborted."""
@@ -224,16 +247,6 @@ class Scheduler:
             Counter(block_id for r in running for block_id in r.block_ids),
             Counter(block_id for r in waiting for block_id in r.host_block_ids),
         )
-
-    def _copied(self, lost: Collection[CachedBlock], plan: StepPlan) -> set[CachedBlock]:
-        """The ``lost`` blocks of a pass, and those to which copies of ``plan``, which is its plan,
-        or of later ones take their content."""
-        found = set(lost)
-        plans = (plan, *self._in_flight.values())
-        for copy in itertools.chain.from_iterable(each.copies for each in plans):
-            if CachedBlock(copy.source, copy.source_id) in found:
-                found.add(CachedBlock(copy.target, copy.target_id))
-        return found
 
     def _left_by_ended(self) -> list[CachedBlock]:
         """What passes in flight put into the cache for requests that have ended: they may have

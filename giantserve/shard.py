@@ -196,9 +196,10 @@ class Shard:
         }
 
     @property
-    def layers_run(self) -> int:
-        """How many layers were called so far: grows while a pass gets on."""
-        return self._model.layers_run
+    def progress(self) -> int:
+        """How many layers were called and transfers ended so far: grows while it gets on."""
+        moved = sum(totals.num_transfers for totals in self._link_totals().values())
+        return self._model.layers_run + moved
 
     @torch.no_grad()
     def run(self, plan: StepPlan) -> StepResult | None:

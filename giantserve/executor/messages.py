@@ -64,7 +64,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
-    """The worker has got on with the pass under way since it last said something."""
+    """The worker has got on with what it was asked for since it last said something."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

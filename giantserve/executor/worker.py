@@ -106,13 +106,14 @@ def run_worker(address: tuple[str, int], authkey: bytes, rank: int) -> None:
 
 
 def _watch(shard: Shard, engine: _Engine, ended: threading.Event) -> None:
-    """Tell the engine how the load ended, and that passes get on, however long they take."""
+    """Tell the engine how the load ended, and that what it asked for gets on, however long that
+    takes."""
     try:
         shard.wait_until_loaded()
         engine.send(Loaded(used_bytes=shard.used_bytes()))
-        last = shard.layers_run
+        last = shard.progress
         while not ended.wait(HEARTBEAT_PERIOD_S):
-            if (now := shard.layers_run) != last:
+            if (now := shard.progress) != last:
                 engine.send(Heartbeat())
                 last = now
     except Exception as error:

@@ -106,8 +106,8 @@ def reserve(file: DirectFile, num_bytes: int) -> None:
         raise StorageError(
             str(file.path),
             0,
-            f"cannot reserve {num_bytes} bytes: {error.strerror}; free space or give "
-            "another nvme_dir",
+            f"cannot reserve {num_bytes} bytes: {error.strerror}; free space (what "
+            "old plans left in its folder may be deleted) or give another nvme_dir",
         ) from error
 
 

@@ -70,6 +70,7 @@ async def failed_checks(probe: HealthProbe) -> int:
         except EngineDeadError as error:
             assert "no layer began within 1 s" in str(error)
             failed += 1
+        await asyncio.sleep(0.02)
     return failed
 
 
@@ -85,7 +86,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_engine, "STALL_TIMEOUT_S", TIMEOUT_S)
     monkeypatch.setattr(async_engine, "STALL_CHECK_PERIOD_S", 0.05)
     monkeypatch.setattr(health_probe, "TOKEN_PERIOD_S", 0.5)
-    monkeypatch.setattr(health_probe, "PROBE_WAIT_S", 0.1)
 
 
 def test_checks_fail_in_a_row_until_a_token_comes(
@@ -173,7 +173,7 @@ def test_closing_does_not_wait_for_prefixes_of_a_hung_shard(
     while getattr(items.get(timeout=PATIENCE_S), "usage", None) is None:
         continue
     assert close_s(engine, busy) < PATIENCE_S
-    said = "no shard got on within 1 s" if busy else "shard 0 did not keep its KV within 1 s"
+    said = "no shard got on within 1 s" if busy else "did not get on with keeping KV for 1 s"
     assert said in str(engine.failure)
 
 

@@ -95,6 +95,7 @@ def test_statistics_count_the_bytes_of_each_tier(
         "device_blocks_free": 64,
         "rotating_blocks": 0,
         "rotating_blocks_free": 0,
+        "rotating_blocks_suspect": 0,
         "host_blocks": 8,
         "host_blocks_free": 8,
     }

