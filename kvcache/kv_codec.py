@@ -62,7 +62,7 @@ class KVCodec:
                 shape = (-1, self._block_size, half.heads, half.dim)
                 found = some[:, half.start : half.stop].view(self._dtype).view(shape).float()
                 scales = found.abs().amax((1, 3)) / self._limit
-                scales = torch.where(scales > 0, scales, 1.0)
+                scales = torch.where(scales == 0, 1.0, scales)
                 found = found / scales[:, None, :, None]
                 if self._stored is torch.int8:
                     found.round_()

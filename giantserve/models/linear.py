@@ -41,11 +41,12 @@ def can_pack(linear: nn.Module, weight: torch.Tensor) -> bool:
 
 def pack(linear: nn.Linear, weight: torch.Tensor, arena: Arena) -> None:
     """Reorder ``weight``, which lies in ``arena``, and give its pages back; the packed copy takes
-    their place in the arena's count. The module must not read its plain weight any more: of one
-    that is called before, see `pack_later`."""
+    their place in the arena's count. Whoever reads the module's plain weight from now on gets an
+    error; of calls that began before, see `pack_later`."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_ROWS)
     linear.packed_weight = packed
     pack_later(linear)
+    linear.weight = nn.Parameter(weight.new_empty(0, 0), requires_grad=False)
     arena.discard(weight)
 
 

@@ -188,7 +188,7 @@ class StageModel:
             if unit.name in resident:
                 if unit.kind in (UnitKind.ATTENTION, UnitKind.MLP, UnitKind.HEAD):
                     for module in self._entries(unit):
-                        if isinstance(module, nn.Linear):
+                        if type(module) is nn.Linear:
                             pack_later(module)
                         hook = module.register_forward_pre_hook(self._awaiting(unit.name))
                         self._waits.append(hook)

@@ -251,6 +251,20 @@ def test_a_storage_dtype_rounds_once(storage_dtype: str, tmp_path: Path) -> None
                 assert ((half[0] - half[1]).abs() <= error * scale * 1.001).all(), spec
 
 
+@pytest.mark.parametrize("storage_dtype", ["int8", "fp8"])
+def test_what_is_no_number_stays_none(storage_dtype: str, tmp_path: Path) -> None:
+    with rotation(tmp_path, 0, storage_dtype) as (store, _):
+        keys, _ = store.layer(LAYOUT.layers[0].layer)
+        keys[0].fill_(1.0)
+        keys[0].flatten()[0] = torch.nan
+        keys[1].fill_(1.0)
+        for block in (0, 1):
+            store.copy([copy_of(Tier.DEVICE, block, Tier.HOST, block)])
+            store.copy([copy_of(Tier.HOST, block, Tier.DEVICE, block)])
+        assert keys[0].isnan().any()
+        assert (keys[1] == 1.0).all()
+
+
 def run_pass(rotating: KVRotation, steps: Sequence[tuple[Step, float]]) -> dict[int, set[float]]:
     """Each sequence adds tokens of one value. Returns, by block, what it held in its first place
     before."""
