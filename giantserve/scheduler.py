@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from giantserve.errors import ConfigError, InvalidRequestError, QueueFullError
@@ -12,8 +12,7 @@ from giantserve.request import Request, RequestStatus
 from giantserve.request_queue import RequestQueue
 from giantserve.scheduler_config import SchedulerConfig as SchedulerConfig
 from giantserve.step import NewSequence, SequenceChunk, StepPlan
-from kvcache.block_copy import BlockCopy
-from kvcache.block_pool import BlockPool, CachedBlock
+from kvcache.block_pool import BlockPool, CachedBlock, after_copies
 from kvcache.tier import Tier
 
 LOOK_AHEAD = 8
@@ -34,22 +33,6 @@ class _Draft:
     new: list[NewSequence] = field(default_factory=list)
     filled: list[tuple[Request, int, int]] = field(default_factory=list)
     preempted: bool = False
-
-
-def after_copies(
-    lost: Collection[CachedBlock], copies: Iterable[BlockCopy], later: Iterable[BlockCopy]
-) -> set[CachedBlock]:
-    """Where the content that a pass lost lies once its own ``copies`` and ``later`` ones have run:
-    some take it along, others replace it."""
-    own = list(copies)
-    found = set(lost) - {CachedBlock(copy.target, copy.target_id) for copy in own}
-    for copy, is_own in (*((each, True) for each in own), *((each, False) for each in later)):
-        target = CachedBlock(copy.target, copy.target_id)
-        if CachedBlock(copy.source, copy.source_id) in found or (is_own and target in lost):
-            found.add(target)
-        else:
-            found.discard(target)
-    return found
 
 
 class Scheduler:

@@ -22,6 +22,22 @@ class CachedBlock(NamedTuple):
     block_id: int
 
 
+def after_copies(
+    lost: Collection[CachedBlock], copies: Iterable[BlockCopy], later: Iterable[BlockCopy]
+) -> set[CachedBlock]:
+    """Where the content that a pass lost lies once its own ``copies`` and ``later`` ones have run:
+    some take it along, others replace it."""
+    own = list(copies)
+    found = set(lost) - {CachedBlock(copy.target, copy.target_id) for copy in own}
+    for copy, is_own in (*((each, True) for each in own), *((each, False) for each in later)):
+        target = CachedBlock(copy.target, copy.target_id)
+        if CachedBlock(copy.source, copy.source_id) in found or (is_own and target in lost):
+            found.add(target)
+        else:
+            found.discard(target)
+    return found
+
+
 class BlockPool:
     """Deals out the KV blocks of all tiers and keeps finished content findable for later prompts.
 

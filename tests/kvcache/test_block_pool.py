@@ -8,7 +8,7 @@ import pytest
 
 from kvcache.block_copy import BlockCopy
 from kvcache.block_hash import DIGEST_BYTES, hash_block, tenant_of, tenant_root
-from kvcache.block_pool import BlockPool, CachedBlock
+from kvcache.block_pool import BlockPool, CachedBlock, after_copies
 from kvcache.eviction import LeastRecentlyUsed, NextRequests
 from kvcache.tier import Tier
 
@@ -428,3 +428,24 @@ def test_a_free_place_can_become_suspect() -> None:
     assert pool.find(A) == []
     pool.check_integrity({}, {})
     assert allocate(pool, 6) == [0, 1, 2, 3, 4, 5]
+
+
+def test_lost_content_goes_where_copies_take_it_and_not_where_they_replace_it() -> None:
+    host, disk, device = (
+        CachedBlock(Tier.HOST, 0),
+        CachedBlock(Tier.DEVICE, 2),
+        CachedBlock(Tier.DEVICE, 0),
+    )
+
+    def copy(source: CachedBlock, target: CachedBlock) -> BlockCopy:
+        return BlockCopy(
+            source=source.tier,
+            source_id=source.block_id,
+            target=target.tier,
+            target_id=target.block_id,
+        )
+
+    assert after_copies([disk], [copy(disk, host)], [copy(host, device)]) == {disk, host, device}
+    assert after_copies([host], [copy(host, disk), copy(device, host)], []) == {host}
+    assert after_copies([host], [copy(device, host)], [copy(host, disk)]) == {host, disk}
+    assert after_copies([disk, host], [], [copy(device, disk), copy(disk, device)]) == {host}

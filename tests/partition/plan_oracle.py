@@ -11,6 +11,7 @@ from itertools import combinations, permutations, product
 
 import numpy as np
 
+from kvcache.micro_batch import NUM_BUFFERS
 from kvcache.tier import Tier
 from partition import ClusterSpec, Constraints, DeviceSpec, ModelProfile, NodeSpec, Workload
 from partition.cost import PAGE_BYTES, CostModel, PassShape, page_rounded, pass_time
@@ -165,7 +166,7 @@ class Oracle:
         small = sum(self.table.footprint(u, rank) for u in units if u.kind is UnitKind.SMALL)
         device_kv = page_rounded(sizing.num_device_blocks * kv)
         room = device.budget.device_bytes - sizing.workspace_bytes - small
-        room -= 3 * sizing.num_rotation_slots * sizing.stored.device_piece_bytes
+        room -= NUM_BUFFERS * sizing.num_rotation_slots * sizing.stored.device_piece_bytes
         lossy = sizing.kv_storage_dtype != "auto"
         num_layers = run[1] - run[0]
         stored = math.ceil(kv * sizing.stored.host_share + 8 * num_layers) if lossy else kv
@@ -174,7 +175,7 @@ class Oracle:
         host -= page_rounded(sizing.num_tail_blocks * kv)
         host -= sizing.activations.host_bytes
         if device.staged or lossy:
-            host -= 3 * sizing.num_rotation_slots * sizing.stored.nvme_piece_bytes
+            host -= NUM_BUFFERS * sizing.num_rotation_slots * sizing.stored.nvme_piece_bytes
         nvme = device.budget.nvme_bytes - sizing.activations.nvme_bytes
         nvme -= sizing.num_rotating_nvme_blocks * sizing.stored.nvme_piece_bytes * num_layers
         tiers = _assignments_of(len(sizes))

@@ -7,7 +7,7 @@ import pytest
 from giantserve.errors import ConfigError, InvalidRequestError, QueueFullError
 from giantserve.request import Request, RequestStatus
 from giantserve.sampling_params import SamplingParams
-from giantserve.scheduler import MAX_LOSSES, Scheduler, SchedulerConfig, after_copies
+from giantserve.scheduler import MAX_LOSSES, Scheduler, SchedulerConfig
 from giantserve.step import NewSequence, SequenceChunk, StepPlan
 from kvcache.block_copy import BlockCopy
 from kvcache.block_pool import BlockPool, CachedBlock
@@ -514,24 +514,3 @@ def test_lost_blocks_are_found_where_later_copies_brought_them() -> None:
     answer(scheduler, plans[4])
     assert moved.output_token_ids == [50], "the second was made of what was lost"
     assert moved.num_computed_tokens == 0
-
-
-def test_lost_content_goes_where_copies_take_it_and_not_where_they_replace_it() -> None:
-    host, disk, device = (
-        CachedBlock(Tier.HOST, 0),
-        CachedBlock(Tier.DEVICE, 2),
-        CachedBlock(Tier.DEVICE, 0),
-    )
-
-    def copy(source: CachedBlock, target: CachedBlock) -> BlockCopy:
-        return BlockCopy(
-            source=source.tier,
-            source_id=source.block_id,
-            target=target.tier,
-            target_id=target.block_id,
-        )
-
-    assert after_copies([disk], [copy(disk, host)], [copy(host, device)]) == {disk, host, device}
-    assert after_copies([host], [copy(host, disk), copy(device, host)], []) == {host}
-    assert after_copies([host], [copy(device, host)], [copy(host, disk)]) == {host, disk}
-    assert after_copies([disk, host], [], [copy(device, disk), copy(disk, device)]) == {host}
