@@ -13,8 +13,12 @@ from kvcache.shard_store import ShardStore
 from kvcache.tier import Tier
 from kvcache.unit_layout import TensorSlot
 
-NUM_THREADS = 4
-SCRATCH_BYTES = 256 << 10
+NUM_THREADS = 64
+"""Each waits for one read at a time, behind the megabytes that are read ahead: 256 rows of a table
+take 45 ms so, 85 with 32 threads and 460 with 4, on an NVMe volume of 3 GB/s that is kept busy."""
+SCRATCH_BYTES = 4 << 20
+"""Of all threads together; fewer read where rows are longer."""
+MAX_EXTENT_BYTES = SCRATCH_BYTES // NUM_THREADS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +51,13 @@ def plan_extents(ids: Sequence[int], offset: int, row_bytes: int, max_bytes: int
 
 
 class RowReader:
-    """A few threads, each with a small scratch buffer of its own. One `read` at a time."""
+    """Many threads, each with its own part of a small scratch buffer. One `read` at a time."""
 
     def __init__(self, store: ShardStore, max_row_bytes: int) -> None:
         self._store = store
-        row_pages = -(-max_row_bytes // ALIGNMENT) + 1
-        self._scratch_bytes = max(SCRATCH_BYTES, row_pages * ALIGNMENT)
-        self._arena = Arena(Tier.HOST, NUM_THREADS * self._scratch_bytes)
-        self._scratch = [self._arena.allocate(self._scratch_bytes) for _ in range(NUM_THREADS)]
+        num_bytes = max(SCRATCH_BYTES, _covering(max_row_bytes))
+        self._arena = Arena(Tier.HOST, num_bytes)
+        self._scratch = self._arena.allocate(num_bytes)
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="rows")
 
     def read(self, unit: str, slot: TensorSlot, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -73,20 +76,20 @@ class RowReader:
         row_bytes = slot.num_bytes // slot.shape[0]
         rows = torch.empty(unique.numel(), row_bytes, dtype=torch.uint8)
         wanted: list[int] = unique.tolist()
-        extents = plan_extents(wanted, slot.offset, row_bytes, self._scratch_bytes)
+        extent_bytes = max(MAX_EXTENT_BYTES, _covering(row_bytes))
+        extents = plan_extents(wanted, slot.offset, row_bytes, extent_bytes)
+        num_threads = min(NUM_THREADS, self._scratch.numel() // extent_bytes, len(extents))
 
         def work(index: int) -> None:
-            scratch = self._scratch[index]
-            for extent in extents[index::NUM_THREADS]:
+            scratch = self._scratch[index * extent_bytes :]
+            for extent in extents[index::num_threads]:
                 part = scratch[: extent.stop - extent.start]
                 self._store.read_part(unit, extent.start, part)
                 for position in range(extent.first, extent.end):
                     begin = slot.offset + wanted[position] * row_bytes - extent.start
                     rows[position].copy_(part[begin : begin + row_bytes])
 
-        futures = [
-            self._pool.submit(work, index) for index in range(min(NUM_THREADS, len(extents)))
-        ]
+        futures = [self._pool.submit(work, index) for index in range(num_threads)]
         errors = [error for future in futures if (error := future.exception()) is not None]
         if errors:
             raise errors[0]
@@ -95,9 +98,14 @@ class RowReader:
 
     def verify_first_read(self, unit: str) -> None:
         """Check a whole unit, which is never read at once, if the store checks reads."""
-        self._store.verify_first_read(self._scratch[0], unit)
+        self._store.verify_first_read(self._scratch, unit)
 
     def close(self) -> None:
         """End the threads and give the scratch memory back. Idempotent."""
         self._pool.shutdown(wait=True)
         self._arena.close()
+
+
+def _covering(row_bytes: int) -> int:
+    """Whole pages that hold a row, wherever in a page it begins."""
+    return (-(-row_bytes // ALIGNMENT) + 1) * ALIGNMENT

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from kvcache.arena import Arena
 from kvcache.errors import CorruptUnitError, StorageError, StoreError, TierFullError
 from kvcache.ring import Ring
-from kvcache.row_reader import plan_extents
 from kvcache.shard_store import ShardStore
 from kvcache.tier import Tier
 from kvcache.transfer_stats import Link
@@ -183,24 +182,6 @@ def test_gathered_rows(
         manager.gather_rows("u0", "w", torch.tensor([250, 250]))
         after = manager.transfers.snapshot()[Link("rows", Tier.NVME, Tier.DEVICE)].num_bytes
         assert after - before == 4096
-
-
-@given(
-    st.lists(st.integers(0, 300), unique=True).map(sorted),
-    st.integers(0, 10_000),
-    st.integers(1, 9_000),
-)
-def test_extents_cover_exactly_the_rows(ids: list[int], offset: int, row_bytes: int) -> None:
-    extents = plan_extents(ids, offset, row_bytes, 64 << 10)
-    assert [(e.first, e.end) for e in extents] == [
-        *itertools.pairwise([*(e.first for e in extents), len(ids)])
-    ]
-    for extent in extents:
-        assert extent.start % 4096 == extent.stop % 4096 == 0
-        assert extent.stop - extent.start <= 64 << 10
-        for row in ids[extent.first : extent.end]:
-            begin = offset + row * row_bytes
-            assert extent.start <= begin and begin + row_bytes <= extent.stop
 
 
 def test_staging_is_counted_and_given_back(tmp_path: Path) -> None:
