@@ -54,6 +54,7 @@ class RowReader:
     """Many threads, each with its own part of a small scratch buffer. One `read` at a time."""
 
     def __init__(self, store: ShardStore, max_row_bytes: int) -> None:
+        """``max_row_bytes``: of the longest row that will be read."""
         self._store = store
         num_bytes = max(SCRATCH_BYTES, _covering(max_row_bytes))
         self._arena = Arena(Tier.HOST, num_bytes)
@@ -77,6 +78,7 @@ class RowReader:
         rows = torch.empty(unique.numel(), row_bytes, dtype=torch.uint8)
         wanted: list[int] = unique.tolist()
         extent_bytes = max(MAX_EXTENT_BYTES, _covering(row_bytes))
+        assert extent_bytes <= self._scratch.numel(), "the reader was made for shorter rows"
         extents = plan_extents(wanted, slot.offset, row_bytes, extent_bytes)
         num_threads = min(NUM_THREADS, self._scratch.numel() // extent_bytes, len(extents))
 
