@@ -19,8 +19,9 @@ class EngineConfig:
     ``prefix_memory`` is NVMe for cached prefixes, which then outlive the engine;
     ``tenant_prefix_share`` is how much of each tier the cached prefixes of one tenant may fill.
     ``storage_backend`` is "posix", "deepnvme" or the faster ("auto").
-    ``exact_attention``: attend as transformers' own do, to the bit, so that on a CPU bf16 answers,
-    too, are the same; decode attention takes several times as long (docs/architecture.md).
+    ``exact_attention``: attend as transformers' own do, to the bit, and leave its norms and MLPs to
+    torch, so that on a CPU bf16 answers, too, are the same; decode attention takes several times as
+    long (docs/architecture.md).
     ``allow_unused_tiers``: a tier that is asked for, by its memory or its folder, but holds nothing
     is no error, as where one config serves models and machines of many sizes.
     ``trace`` is a file that the engine's end writes: what moved and what computed when.

@@ -84,7 +84,8 @@ def conclusions(machine: Machine, folder: Path) -> list[str]:
 
 
 def _attention() -> str:
-    from giantserve.models.native_attention import KernelUnavailableError, NativeAttention
+    from giantserve.models.native_attention import NativeAttention
+    from giantserve.models.native_library import KernelUnavailableError
 
     try:
         return f"the compiled kernel, for x86-64-v{NativeAttention().level}"

@@ -1,27 +1,23 @@
 """Decode attention on a CPU by the compiled kernel of ``native/paged_attention.cpp``.
 
-The kernel is built when giantserve is installed; where it could not be, decodes are attended to by
-torch (`giantserve.models.attention.attend_decodes`), at a quarter to a third of the speed.
+Where it could not be built, decodes are attended to by torch
+(`giantserve.models.attention.attend_decodes`), at a quarter to a third of the speed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
+
+from giantserve.models.native_library import KernelUnavailableError, load_kernels
 
 if TYPE_CHECKING:
     from giantserve.models.attention import AttentionOptions
     from giantserve.models.batch import DecodeGroup
 
-_MODULE = "giantserve.models._paged_attention"
 _DTYPES = (torch.bfloat16, torch.float32)
-
-
-class KernelUnavailableError(Exception):
-    """Why the kernel cannot be used here."""
 
 
 class _Attention(ctypes.Structure):
@@ -56,27 +52,12 @@ class NativeAttention:
     """
 
     def __init__(self, level: int | None = None) -> None:
-        """``level`` of x86-64's instructions, 3 (AVX2) or 4 (AVX-512); None: the CPU's best. Raises
-        KernelUnavailableError."""
-        spec = importlib.util.find_spec(_MODULE)
-        if spec is None or spec.origin is None:
-            raise KernelUnavailableError(
-                "the kernel was not built: install giantserve again where g++ is"
-            )
-        try:
-            library = ctypes.CDLL(spec.origin)
-        except OSError as error:
-            raise KernelUnavailableError(f"the kernel cannot be loaded: {error}") from None
+        """``level`` is that of `load_kernels`. Raises KernelUnavailableError."""
+        library, self.level = load_kernels(level)
         if library.attention_bytes() != ctypes.sizeof(_Attention):
             raise KernelUnavailableError(
-                "the kernel is another version's: install giantserve again"
+                "the kernels are another version's: install giantserve again"
             )
-        best: int = library.best_level()
-        if not best or best < (level or 0):
-            raise KernelUnavailableError(
-                f"the kernel needs a CPU of level {level or 3} (AVX2 is 3)"
-            )
-        self.level = level or best
         self._attend = library.attend_decodes
         task = ctypes.POINTER(_Attention)
         self._attend.argtypes = (task, ctypes.c_int, ctypes.c_bool, ctypes.c_int)

@@ -22,6 +22,7 @@ from giantserve.models.attention import PagedAttention
 from giantserve.models.batch import ChunkSpec
 from giantserve.models.caches import GatheringCache, PassThroughCache
 from giantserve.models.collectives import TensorParallel
+from giantserve.models.fused import fuse
 from giantserve.models.linear import can_pack, pack, pack_later
 from giantserve.models.pass_kv import PassKV, rotating
 from giantserve.models.patching import replace_forward
@@ -180,10 +181,13 @@ class StageModel:
     ) -> None:
         """Connect the stage to its bytes. ``resident`` units stay on the device: `take_resident`
         binds each once, the vectors of `units_bound_first` before a pass, and a pass that needs
-        another waits for it. ``rotation`` holds the blocks beyond those of ``kv``."""
+        another waits for it. ``rotation`` holds the blocks beyond those of ``kv``.
+        ``exact_attention``: as in `EngineConfig`."""
         self._weights, self._kv, self._rotation, self._trace = weights, kv, rotation, trace
         self._attention = PagedAttention(exact=exact_attention)
         bind_attention(self.model, self._attention)
+        if self._device.type == "cpu" and not exact_attention:
+            fuse(self.model)
         for unit in self.units:
             if unit.name in resident:
                 if unit.kind in (UnitKind.ATTENTION, UnitKind.MLP, UnitKind.HEAD):

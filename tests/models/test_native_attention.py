@@ -9,14 +9,11 @@ import shutil
 import pytest
 import torch
 
-from giantserve.models import native_attention
+from giantserve.models import native_attention, native_library
 from giantserve.models.attention import AttentionOptions, attend_decodes
 from giantserve.models.batch import DecodeGroup
-from giantserve.models.native_attention import (
-    KernelUnavailableError,
-    NativeAttention,
-    load_native_attention,
-)
+from giantserve.models.native_attention import NativeAttention, load_native_attention
+from giantserve.models.native_library import KernelUnavailableError
 from tests.models.test_attention import written_out
 
 BLOCK_SIZE, LAYERS = 16, 3
@@ -241,7 +238,7 @@ def test_a_kernel_of_another_version_is_refused(
 
 
 def test_without_a_kernel_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_attention, "_MODULE", "giantserve.models._not_built")
+    monkeypatch.setattr(native_library, "_MODULE", "giantserve.models._not_built")
     with pytest.raises(KernelUnavailableError, match=r"not built: install .* g\+\+"):
         NativeAttention()
     assert load_native_attention() is None

@@ -44,6 +44,7 @@ template class std::vector<float>;  // once for all instruction sets, so for the
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace x86_64_v4 {
 #define LANES 16
+#include "vectors.h"
 #include "paged_attention.h"
 #undef LANES
 }
@@ -52,6 +53,7 @@ namespace x86_64_v4 {
 #pragma GCC target("arch=x86-64-v3")
 namespace x86_64_v3 {
 #define LANES 8
+#include "vectors.h"
 #include "paged_attention.h"
 #undef LANES
 }
