@@ -80,15 +80,14 @@ def conclusions(machine: Machine, folder: Path) -> list[str]:
     else:
         memory = f"host memory: up to {usable}, what the system has available"
     disk = f"disk tier: {folder}; name another with --nvme-dir"
-    return [device, memory, disk, f"decode attention in host memory: {_attention()}"]
+    return [device, memory, disk, f"decode attention, norms and MLPs on the CPU: {_kernels()}"]
 
 
-def _attention() -> str:
-    from giantserve.models.native_attention import NativeAttention
-    from giantserve.models.native_library import KernelUnavailableError
+def _kernels() -> str:
+    from giantserve.models.native_library import KernelUnavailableError, load_kernels
 
     try:
-        return f"the compiled kernel, for x86-64-v{NativeAttention().level}"
+        return f"compiled kernels, for x86-64-v{load_kernels()[1]}"
     except KernelUnavailableError as error:
         return f"torch's, slower, since {error}"
 

@@ -122,8 +122,8 @@ class EngineOptions:
         bool,
         typer.Option(
             "--exact-attention",
-            help="Attend to the bit as transformers does on a CPU, for the same bf16 answers; "
-            "attention takes several times as long.",
+            help="Attend to the bit as transformers does on a CPU, and leave norms and MLPs to "
+            "torch, for the same bf16 answers; attention takes several times as long.",
         ),
     ] = False
     allow_unused_tiers: Annotated[

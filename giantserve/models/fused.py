@@ -20,6 +20,8 @@ from giantserve.models.native_library import KernelUnavailableError, load_kernel
 from giantserve.models.patching import replace_forward
 
 _DTYPES = (torch.bfloat16, torch.float32)
+_SILU = (nn.SiLU, SiLUActivation)
+_SAME_CODE = ("co_code", "co_consts", "co_names", "co_varnames", "co_freevars", "co_flags")
 
 
 class FusedKernels:
@@ -75,9 +77,7 @@ def fuse(model: nn.Module, kernels: FusedKernels | None = None) -> None:
     for module in model.modules():
         if _runs_the_code_of(LlamaRMSNorm, module):
             replace_forward(module, partial(_norm, kernels, module))
-        elif _runs_the_code_of(LlamaMLP, module) and isinstance(
-            module.act_fn, nn.SiLU | SiLUActivation
-        ):
+        elif _runs_the_code_of(LlamaMLP, module) and type(module.act_fn) in _SILU:
             replace_forward(module, partial(_gated_mlp, kernels, module))
 
 
@@ -87,21 +87,19 @@ def _runs_the_code_of(reference: type[nn.Module], module: nn.Module) -> bool:
         return False
     code = getattr(type(module).forward, "__code__", None)
     expected: CodeType = reference.forward.__code__
-    return code is not None and all(
-        getattr(code, each) == getattr(expected, each)
-        for each in ("co_code", "co_consts", "co_names", "co_argcount", "co_freevars")
-    )
+    return all(getattr(code, each, None) == getattr(expected, each) for each in _SAME_CODE)
 
 
-def _norm(kernels: FusedKernels, module: LlamaRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
-    if not kernels.can_compute(hidden, module.weight):
-        normalised: torch.Tensor = type(module).forward(module, hidden)
-        return normalised
-    return kernels.rms_norm(hidden, module.weight, module.variance_epsilon)
+def _norm(kernels: FusedKernels, module: LlamaRMSNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+    weight = module.weight
+    if weight.shape == hidden_states.shape[-1:] and kernels.can_compute(hidden_states, weight):
+        return kernels.rms_norm(hidden_states, weight, module.variance_epsilon)
+    normalised: torch.Tensor = type(module).forward(module, hidden_states)
+    return normalised
 
 
-def _gated_mlp(kernels: FusedKernels, module: LlamaMLP, hidden: torch.Tensor) -> torch.Tensor:
-    gate, up = module.gate_proj(hidden), module.up_proj(hidden)
+def _gated_mlp(kernels: FusedKernels, module: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
     if kernels.can_compute(gate, up):
         states = kernels.silu_multiply(gate, up)
     else:

@@ -54,10 +54,7 @@ class NativeAttention:
     def __init__(self, level: int | None = None) -> None:
         """``level`` is that of `load_kernels`. Raises KernelUnavailableError."""
         library, self.level = load_kernels(level)
-        if library.attention_bytes() != ctypes.sizeof(_Attention):
-            raise KernelUnavailableError(
-                "the kernels are another version's: install giantserve again"
-            )
+        assert library.attention_bytes() == ctypes.sizeof(_Attention)
         self._attend = library.attend_decodes
         task = ctypes.POINTER(_Attention)
         self._attend.argtypes = (task, ctypes.c_int, ctypes.c_bool, ctypes.c_int)

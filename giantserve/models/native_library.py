@@ -8,7 +8,11 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 
+import torch  # noqa: F401  (its OpenMP library is the kernels', too)
+
 _MODULE = "giantserve.models._kernels"
+_VERSION = 1
+"""Of what the functions expect: as in ``native/paged_attention.cpp``."""
 
 
 class KernelUnavailableError(Exception):
@@ -27,6 +31,8 @@ def load_kernels(level: int | None = None) -> tuple[ctypes.CDLL, int]:
         library = ctypes.CDLL(spec.origin)
     except OSError as error:
         raise KernelUnavailableError(f"the kernels cannot be loaded: {error}") from None
+    if not hasattr(library, "kernels_version") or library.kernels_version() != _VERSION:
+        raise KernelUnavailableError("the kernels are another version's: install giantserve again")
     best: int = library.best_level()
     if not best or best < (level or 0):
         raise KernelUnavailableError(f"the kernels need a CPU of level {level or 3} (AVX2 is 3)")

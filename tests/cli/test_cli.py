@@ -90,7 +90,7 @@ def test_doctor_says_what_binds(tmp_path: Path) -> None:
     assert "NVML sees no GPU" in device
     assert memory == "host memory: up to 4 GiB, what the cgroup's limit leaves"
     assert str(tmp_path) in disk
-    assert attention.startswith("decode attention in host memory: ")
+    assert attention.startswith("decode attention, norms and MLPs on the CPU: ")
     gpu = Gpu(name="x", total_bytes=1, free_bytes=1)
     device, memory, *_ = conclusions(replace(large, gpus=(gpu,)), tmp_path)
     assert device.startswith("device tier: 1 GPU(s)")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import shutil
 
 import pytest
 import torch
 
-from giantserve.models import native_attention, native_library
+from giantserve.models import native_library
 from giantserve.models.attention import AttentionOptions, attend_decodes
 from giantserve.models.batch import DecodeGroup
 from giantserve.models.native_attention import NativeAttention, load_native_attention
@@ -227,11 +226,8 @@ def test_a_level_that_does_not_exist_is_refused() -> None:
 def test_a_kernel_of_another_version_is_refused(
     native: NativeAttention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Longer(ctypes.Structure):
-        _fields_ = (*native_attention._Attention._fields_, ("more", ctypes.c_int64))
-
     assert load_native_attention() is not None
-    monkeypatch.setattr(native_attention, "_Attention", Longer)
+    monkeypatch.setattr(native_library, "_VERSION", native_library._VERSION + 1)
     with pytest.raises(KernelUnavailableError, match="another version's: install"):
         NativeAttention()
     assert load_native_attention() is None

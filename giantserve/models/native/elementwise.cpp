@@ -1,6 +1,7 @@
-// Norms and gated activations on a CPU, each in one sweep over memory. native_elementwise.py says
-// what a call expects.
+// Norms and gated activations on a CPU, each in one sweep over memory. Part of the same library as
+// paged_attention.cpp; fused.py says what a call expects.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -34,7 +35,7 @@ namespace x86_64_v3 {
 extern "C" {
 
 // out = weight * nearest(row / sqrt(mean(row^2) + epsilon)) for each row of `dim` elements.
-// `is_bfloat16`: all three; fp32 otherwise. `level` as in attend_decodes.
+// `is_bfloat16`: all three; fp32 otherwise. `level` is one up to best_level().
 void rms_norm(const void *rows, const void *weight, void *out, int64_t num_rows, int64_t dim,
               float epsilon, int level, bool is_bfloat16, int num_threads) {
     using Normalise = void(const void *, const void *, void *, long, long, float, int);

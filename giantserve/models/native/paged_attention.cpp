@@ -1,8 +1,8 @@
 // One query a sequence over paged keys and values: decode attention on a CPU.
 //
-// Flash attention's running softmax over tiles of tokens; each block is read once, where it lies. A
-// library of its own that knows nothing of Python or torch; it is loaded by native_attention.py,
-// which says what a call expects.
+// Flash attention's running softmax over tiles of tokens; each block is read once, where it lies. Part
+// of a library that knows nothing of Python or torch: native_library.py loads it, native_attention.py
+// says what a call expects.
 
 #include <algorithm>
 #include <cmath>
@@ -82,13 +82,16 @@ std::vector<Span> find_spans(const Attention &task) {
 
 extern "C" {
 
-// The highest x86-64 level of instructions that this CPU and the kernel know, 0 where there is none.
+// Of the whole library: another where any function's arguments are others (native_library._VERSION).
+int kernels_version() { return 1; }
+
+// The highest x86-64 level of instructions that this CPU and the library know, 0 where there is none.
 int best_level() {
     if (__builtin_cpu_supports("x86-64-v4")) return 4;
     return __builtin_cpu_supports("x86-64-v3") ? 3 : 0;
 }
 
-// By which a caller knows that both were made of the same version.
+// By which a caller sees that it has the same fields.
 int64_t attention_bytes() { return sizeof(Attention); }
 
 // With a level up to the best. `is_bfloat16`: query, keys, values and out; fp32 otherwise.

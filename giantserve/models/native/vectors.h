@@ -50,7 +50,7 @@ static inline Floats exponential(Floats x) {
     return x < -87.0f ? Floats{} : result * (Floats)((power + 127) << 23);
 }
 
-// Element types of queries, keys, values and outputs. A 32-bit word holds PER_WORD elements, and a
+// The element types of tensors. A 32-bit word holds PER_WORD elements, and a
 // vector of words falls into that many of floats: first the first elements of all words. `nearest`
 // are the values that elements can have.
 struct Single {
