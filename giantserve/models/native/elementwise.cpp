@@ -9,28 +9,8 @@
 
 constexpr long SMALL = 32 << 10;  // bytes that one thread has done before another would begin
 
-#if !defined(__x86_64__)
-#error "no kernel for this CPU: torch computes in its place"
-#endif
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace x86_64_v4 {
-#define LANES 16
-#include "vectors.h"
-#include "elementwise.h"
-#undef LANES
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace x86_64_v3 {
-#define LANES 8
-#include "vectors.h"
-#include "elementwise.h"
-#undef LANES
-}
-#pragma GCC pop_options
+#define KERNEL "elementwise.h"
+#include "instruction_sets.h"
 
 extern "C" {
 

@@ -1,5 +1,4 @@
-// Norms and gated activations, for one instruction set: elementwise.cpp includes it once for each,
-// after vectors.h, within a namespace.
+// Norms and gated activations, for one instruction set (instruction_sets.h).
 //
 // Computed in fp32 and rounded where transformers' modules round. A row's bits depend on it alone.
 

@@ -36,28 +36,8 @@ struct Span {
 
 template class std::vector<float>;  // once for all instruction sets, so for the least of them
 
-#if !defined(__x86_64__)
-#error "no kernel for this CPU: torch attends in its place"
-#endif
-
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace x86_64_v4 {
-#define LANES 16
-#include "vectors.h"
-#include "paged_attention.h"
-#undef LANES
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace x86_64_v3 {
-#define LANES 8
-#include "vectors.h"
-#include "paged_attention.h"
-#undef LANES
-}
-#pragma GCC pop_options
+#define KERNEL "paged_attention.h"
+#include "instruction_sets.h"
 
 namespace {
 

@@ -1,5 +1,4 @@
-// Attention of decodes over paged KV, for one instruction set: paged_attention.cpp includes it once
-// for each, within a namespace, with LANES floats to a vector.
+// Attention of decodes over paged KV, for one instruction set (instruction_sets.h).
 //
 // Everything is computed in fp32 and in an order that depends on a sequence's own length alone:
 // neither its neighbours, nor its blocks, nor the number of threads show in the bits.
