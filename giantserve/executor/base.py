@@ -179,7 +179,11 @@ class Executor(ABC):
 
     def submit(self, plan: StepPlan) -> None:
         """Hand a pass to all shards at once. Raises EngineDeadError where one is gone."""
-        payload = pickle.dumps(plan, protocol=pickle.HIGHEST_PROTOCOL)
+        self._tell_all(plan)
+
+    def _tell_all(self, message: Any) -> None:
+        """Raises what a shard failed with, or EngineDeadError where one is gone."""
+        payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         for rank, connection in self._connections.items():
             try:
                 connection.send_bytes(payload)
@@ -242,11 +246,10 @@ class Executor(ABC):
                 os.write(self._wake_write, b"x")
 
     def request_stats(self) -> None:
-        """Ask all shards for their counters; they arrive with later results."""
+        """Ask all shards for their counters; they arrive with later results. Raises what a shard
+        failed with, or EngineDeadError where one is gone."""
         self._stats.clear()
-        payload = pickle.dumps(StatsRequest(), protocol=pickle.HIGHEST_PROTOCOL)
-        for connection in self._connections.values():
-            connection.send_bytes(payload)
+        self._tell_all(StatsRequest())
 
     @property
     def stats(self) -> dict[int, dict[str, Any]] | None:
@@ -259,8 +262,7 @@ class Executor(ABC):
         Raises what a shard failed with, or EngineDeadError where one is gone, or says nothing for
         `KEEP_TIMEOUT_S`.
         """
-        for connection in self._connections.values():
-            connection.send(Keep(copies=copies, hashes=hashes))
+        self._tell_all(Keep(copies=copies, hashes=hashes))
         for rank, connection in self._connections.items():
             kept = False
             while not kept:

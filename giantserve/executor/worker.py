@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import queue
 import threading
 import time
 import traceback
@@ -46,14 +47,20 @@ HEARTBEAT_PERIOD_S = 5.0
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-class _Engine:
-    """The engine, as a worker sees it: any thread may tell it something."""
+class EngineConnection:
+    """The engine, as a worker sees it: any thread may tell it something, one asks what it wants.
+
+    A thread reads what it sends at once: the engine, which sends a pass while another runs, would
+    else wait for the worker, and the worker with a large result for the engine.
+    """
 
     def __init__(self, address: tuple[str, int], authkey: bytes, rank: int) -> None:
         self._connection = Client(address, authkey=authkey)
         set_options(self._connection)
         self._lock = threading.Lock()
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.rank = rank
+        threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, message: Any) -> None:
         with self._lock:
@@ -61,7 +68,18 @@ class _Engine:
 
     def receive(self) -> Any:
         """The next message; EOFError where the engine is gone."""
-        return self._connection.recv()
+        message = self._inbox.get()
+        if isinstance(message, Exception):
+            self._inbox.put(message)
+            raise message
+        return message
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._inbox.put(self._connection.recv())
+        except Exception as error:
+            self._inbox.put(error)
 
     def report(self, error: Exception) -> None:
         """Say what the worker failed with, if the engine is still there."""
@@ -81,7 +99,7 @@ class _Engine:
 
 def run_worker(address: tuple[str, int], authkey: bytes, rank: int) -> None:
     """Connect to the engine at ``address`` and serve it until it says stop or goes away."""
-    engine = _Engine(address, authkey, rank)
+    engine = EngineConnection(address, authkey, rank)
     engine.send(Hello(rank=rank, pid=os.getpid()))
     shard = None
     ended = threading.Event()
@@ -105,7 +123,7 @@ def run_worker(address: tuple[str, int], authkey: bytes, rank: int) -> None:
         engine.close()
 
 
-def _watch(shard: Shard, engine: _Engine, ended: threading.Event) -> None:
+def _watch(shard: Shard, engine: EngineConnection, ended: threading.Event) -> None:
     """Tell the engine how the load ended, and that what it asked for gets on, however long that
     takes."""
     try:
@@ -121,7 +139,7 @@ def _watch(shard: Shard, engine: _Engine, ended: threading.Event) -> None:
             engine.report(error)
 
 
-def _become(setup: Setup, engine: _Engine) -> Shard:
+def _become(setup: Setup, engine: EngineConnection) -> Shard:
     spec = setup.spec
     tensor_parallel, link = _join(setup, engine)
     last = 0.0
@@ -136,7 +154,7 @@ def _become(setup: Setup, engine: _Engine) -> Shard:
     return Shard(spec, tensor_parallel, link, progress)
 
 
-def _join(setup: Setup, engine: _Engine) -> tuple[TensorParallel, StageLink]:
+def _join(setup: Setup, engine: EngineConnection) -> tuple[TensorParallel, StageLink]:
     """Meet the other ranks; every rank builds every group, in the same order."""
     plan, rank = setup.spec.plan, setup.spec.rank
     world = len(plan.shards)
@@ -184,7 +202,7 @@ def _link(plan: PartitionPlan, rank: int) -> StageLink:
     )
 
 
-def _serve(shard: Shard, engine: _Engine) -> None:
+def _serve(shard: Shard, engine: EngineConnection) -> None:
     while True:
         message = engine.receive()
         if isinstance(message, StepPlan):

@@ -14,8 +14,8 @@ def set_options(connection: Connection[Any, Any]) -> None:
     """Send small messages at once instead of waiting to fill a packet (Nagle), and end the
     connection when the other's node has not answered the kernel's probes for a minute.
 
-    No TCP_USER_TIMEOUT: it would end that of a worker, too, whose pass takes longer, while a plan
-    that fills its buffer waits to be read.
+    No TCP_USER_TIMEOUT: it would end that of a process, too, that is stopped for a while (by a
+    debugger, say) while more than its buffer takes waits to be read.
     """
     with socket.socket(fileno=os.dup(connection.fileno())) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
