@@ -24,6 +24,8 @@ class EngineConfig:
     long (docs/architecture.md).
     ``allow_unused_tiers``: a tier that is asked for, by its memory or its folder, but holds nothing
     is no error, as where one config serves models and machines of many sizes.
+    ``seed``: sequences that draw tokens and bring no seed of their own draw the same ones at every
+    start, in the order in which they come; None: others each time.
     ``trace`` is a file that the engine's end writes: what moved and what computed when.
     """
 
@@ -56,7 +58,7 @@ class EngineConfig:
     max_queued_requests: int = 1024
     served_model_name: str | None = None
     trust_remote_code: bool = False
-    seed: int = 0
+    seed: int | None = None
     threads_per_shard: int | None = None
     trace: Path | None = None
     storage_backend: str = "auto"

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import pickle
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -136,7 +137,7 @@ class Engine:
             tokenizer=self.tokenizer,
             end_token_ids=self.end_token_ids,
             max_model_len=self.max_model_len,
-            seed=config.seed,
+            seed=secrets.randbits(31) if config.seed is None else config.seed,
         )
         self._in_flight = 0
         self._flush = flush

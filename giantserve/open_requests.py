@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,12 +66,14 @@ class OpenRequests:
         max_model_len: int,
         seed: int,
     ) -> None:
-        """``seed`` goes into those of requests that bring none."""
+        """``seed``, and its place among those sequences, make that of one that draws and brings
+        none."""
         self._tokenizer = tokenizer
         self._end_token_ids = tuple(end_token_ids)
         self._max_model_len = max_model_len
         self._seed = seed
         self._ids = itertools.count(1)
+        self._unseeded = itertools.count()
         self._tickets: dict[str, _Ticket] = {}
         self._by_sequence: dict[int, _Ticket] = {}
 
@@ -85,13 +86,12 @@ class OpenRequests:
         ticket = _Ticket(request_id=given.request_id, sink=given.sink)
         for index in range(params.n):
             seq_id = next(self._ids)
-            seed = params.seed if params.seed is not None else self._fresh_seed(seq_id)
             request = Request(
                 seq_id=seq_id,
                 request_id=given.request_id,
                 prompt_token_ids=prompt,
                 sampling=params,
-                seed=seed + index,
+                seed=self._seed_of(params) + index,
                 tenant=given.tenant,
                 priority=given.priority,
                 arrival_s=given.arrival_s,
@@ -194,8 +194,12 @@ class OpenRequests:
             cached_tokens=choice.request.num_cached_tokens,
         )
 
-    def _fresh_seed(self, seq_id: int) -> int:
-        return self._seed * 1_000_003 + seq_id * 7919 + time.time_ns() % 1_000_000_007
+    def _seed_of(self, params: SamplingParams) -> int:
+        if params.seed is not None:
+            return params.seed
+        if not params.temperature:  # nothing is drawn, as for the tokens of health checks
+            return 0
+        return self._seed * 1_000_003 + next(self._unseeded) * 7919
 
     def _end_ids(self, params: SamplingParams) -> tuple[int, ...]:
         """The tokens that would end the sequence, and are barred until ``min_tokens``."""

@@ -53,7 +53,10 @@ def serve(
         float,
         typer.Option(help="Of each tier, what cached prefixes of one API user may fill."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of requests that bring none.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Requests without a seed draw the same tokens at every start, in order."),
+    ] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, on Ray Serve."""
     own = {
