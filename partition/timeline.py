@@ -44,7 +44,8 @@ def timeline(work: PassWork) -> Timeline:
 
     A lane does one thing at a time, in the order of the pass. A unit that does not stay is read as
     soon as the ring has room, which is when the units before it have been used; it is brought to
-    the device when it has been read, and used when it is there and the device is free.
+    the device when it has been read, and used when it is there and the device is free. KV that
+    rotates comes with its unit; where that stays, from the start of the pass on.
     """
     stages = [_Stage(work=stage) for stage in work.stages]
     shown = WARM_UP_ROUNDS * work.passes_in_flight
@@ -93,7 +94,7 @@ class _Stage:
         start = max(ready_s, self.free_s["compute"])
         now = self._occupy(index, "compute", "pass", start, self.work.overhead_s)
         for unit in self.work.units:
-            there = self._fetch(index, unit)
+            there = self._fetch(index, unit, start)
             now = self._occupy(index, "compute", unit.unit, max(now, there), unit.compute_s)
             now = self._occupy(index, "collectives", unit.unit, now, unit.collectives_s)
             if unit.ring_bytes:
@@ -102,11 +103,12 @@ class _Stage:
         self.free_s["compute"] = now
         return start, now
 
-    def _fetch(self, index: int, unit: UnitWork) -> float:
-        """Bring the unit into the ring; when it is there."""
-        if not unit.ring_bytes:
+    def _fetch(self, index: int, unit: UnitWork, start_s: float) -> float:
+        """Bring what of the unit does not stay, in a pass that begins at ``start_s``; when it is
+        there."""
+        if not unit.disk_s and not unit.host_link_s:
             return 0.0
-        room = 0.0
+        room = 0.0 if unit.ring_bytes else start_s
         self.ring_used += unit.ring_bytes
         while self.ring and self.ring_used > self.work.ring_bytes:
             num_bytes, room = self.ring.popleft()

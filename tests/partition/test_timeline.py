@@ -23,7 +23,13 @@ def stage(*units: UnitWork, ring: int = 0, send_s: float = 0.0, number: int = 0)
     )
 
 
-def unit(name: str, compute_s: float, disk_s: float = 0.0, link_s: float = 0.0) -> UnitWork:
+def unit(
+    name: str,
+    compute_s: float,
+    disk_s: float = 0.0,
+    link_s: float = 0.0,
+    ring_bytes: int | None = None,
+) -> UnitWork:
     return UnitWork(
         unit=name,
         tier=Tier.NVME if disk_s else Tier.DEVICE,
@@ -31,7 +37,7 @@ def unit(name: str, compute_s: float, disk_s: float = 0.0, link_s: float = 0.0) 
         host_link_s=link_s,
         compute_s=compute_s,
         collectives_s=0.0,
-        ring_bytes=1 if disk_s else 0,
+        ring_bytes=int(disk_s > 0) if ring_bytes is None else ring_bytes,
     )
 
 
@@ -63,6 +69,17 @@ def test_nothing_is_used_before_it_is_there_and_no_lane_does_two_things() -> Non
     for lane in ("disk", "host link", "compute"):
         spans = sorted((e.start_s, e.end_s) for e in events if e.lane == lane)
         assert all(left[1] <= right[0] for left, right in pairwise(spans))
+
+
+def test_rotating_kv_of_units_that_stay_is_read_from_the_start_of_its_pass_on() -> None:
+    units = [unit(name, 1.0, disk_s=3.0, link_s=0.5, ring_bytes=0) for name in "abc"]
+    made = timeline(work(stage(*units)))
+    assert made.pass_s == 3 * 3.0 + 0.5 + 1.0
+    events = {(e.lane, e.unit): (e.start_s, e.end_s) for e in made.events if not e.ahead}
+    assert [events["disk", name] for name in "abc"] == [(0.0, 3.0), (3.0, 6.0), (6.0, 9.0)]
+    assert [events["compute", name] for name in "abc"] == [(3.5, 4.5), (6.5, 7.5), (9.5, 10.5)]
+    kept_on_host = [unit(name, 1.0, link_s=2.0) for name in "ab"]
+    assert timeline(work(stage(*kept_on_host))).pass_s == 5.0
 
 
 def test_stages_work_on_passes_of_their_own() -> None:
