@@ -163,7 +163,8 @@ class BlockPool:
         shared = [b for tier, b in prefix if tier is Tier.DEVICE]
         from_host = [b for tier, b in prefix if tier is Tier.HOST]
         rotating = [b for b in shared if b >= self.num_device_blocks]
-        room = self._device.num_free - sum(self._is_idle(b) for b in shared if b not in rotating)
+        on_device = (b for b in shared if b < self.num_device_blocks)
+        room = self._device.num_free - sum(map(self._is_idle, on_device))
         needed = num_new + len(from_host)
         risen = set(rotating) if needed + len(rotating) <= room else set()
         beyond = self._rotating.num_free - sum(map(self._is_idle, rotating))

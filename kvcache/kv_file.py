@@ -6,16 +6,16 @@ import fcntl
 import logging
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import accumulate
 from pathlib import Path
 
-import torch
-
 from kvcache.kept_index import KeptIndex
+from kvcache.kv_moves import Transfer, slots_of
 from kvcache.private_folder import make_private
-from kvcache.storage import DirectFile, StorageBackend, reserve
+from kvcache.storage import DirectFile, reserve
+from kvcache.storage.posix import Part, PosixBackend
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class KVFile:
         folder: Path,
         piece_bytes: Sequence[int],
         num_blocks: int,
-        backend: StorageBackend,
+        backend: PosixBackend,
         kept_as: str | None = None,
     ) -> None:
         """``piece_bytes``: of each layer, multiples of 4096. Reserves the disk space.
@@ -91,14 +91,15 @@ class KVFile:
             os.fsync(self._file.descriptor)
             index.write(self._index, self._layout)
 
-    def submit_read(self, layer: int, block: int, buffer: torch.Tensor) -> Future[None]:
-        """Start reading the pieces of the ``layer``-th layer from ``block`` on, as many as fill
-        ``buffer``."""
-        return self._backend.submit(self._file, self._offset(layer, block), buffer)
+    def submit_read(self, layer: int, block: int, parts: Sequence[Part]) -> Future[None]:
+        """Start reading pieces of the ``layer``-th layer from ``block`` on, as many as the parts
+        take one after the other, by one call of the kernel."""
+        return self._backend.submit_stretches(self._file, [(self._offset(layer, block), parts)])
 
-    def submit_write(self, layer: int, block: int, buffer: torch.Tensor) -> Future[None]:
-        """Start writing pieces of the ``layer``-th layer from ``block`` on."""
-        return self._backend.submit_write(self._file, self._offset(layer, block), buffer)
+    def submit_write(self, layer: int, runs: Sequence[tuple[int, memoryview]]) -> Future[None]:
+        """Start writing pieces of the ``layer``-th layer: of each run, from its block on."""
+        stretches = [(self._offset(layer, block), [memory]) for block, memory in runs]
+        return self._backend.submit_stretches(self._file, stretches, write=True)
 
     def close(self) -> None:
         """End the backend and give the disk space back. Idempotent."""
@@ -107,6 +108,22 @@ class KVFile:
 
     def _offset(self, layer: int, block: int) -> int:
         return self._starts[layer] + block * self._piece_bytes[layer]
+
+
+def still_failing(
+    transfers: list[tuple[Transfer, Future[None]]], again: Callable[[Transfer], Future[None]]
+) -> set[int]:
+    """Of the transfers that failed, those slots that fail by themselves, too: a bad page costs one
+    block. Waits, and forgets the transfers."""
+    failed = [runs for runs, future in transfers if future.exception() is not None]
+    transfers.clear()
+    slots = [slot for runs in failed for run in runs for slot in slots_of(run)]
+    alone = [(slot, again((slice(slot, slot + 1),))) for slot in slots]
+    errors = {slot: e for slot, future in alone if (e := future.exception()) is not None}
+    if errors:
+        error = next(iter(errors.values()))
+        logger.warning("KV is lost: %d blocks cannot be moved: %s", len(errors), error)
+    return set(errors)
 
 
 def _lock(file: DirectFile) -> bool:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from kvcache.micro_batch import MicroBatch
+from kvcache.storage.posix import Part
 from kvcache.tier import Tier
 
 Index = tuple[torch.Tensor, torch.Tensor]
 """Two of one length, which together select."""
+
+Transfer = tuple[slice, ...]
+"""Runs of slots whose blocks are neighbours on NVMe. The runs of a read are near each other."""
+
+RUNS_OF_A_WRITE = 32
 
 
 class TokenMoves(NamedTuple):
@@ -36,14 +42,12 @@ class Scatter:
 @dataclass(frozen=True, slots=True, eq=False)
 class KVMoves:
     """``gathers`` are (source, slots, its rows) of what lies in memory, DEVICE or HOST;
-    ``scatters`` go there; ``reads`` and ``writes`` are runs of slots whose blocks are neighbours on
-    NVMe. ``tails`` are (slots, tail rows) before the pass, ``kept`` the tokens that go to tail
-    rows with it; ``filled`` blocks leave their tail rows.
+    ``scatters`` go there; ``reads`` and ``writes`` are from and to NVMe. ``tails`` are (slots, tail
+    rows) before the pass, ``kept`` the tokens that go to tail rows with it; ``filled`` blocks leave
+    their tail rows.
 
-    The slots ``on_nvme`` are read from ``places`` of the file; what comes to those that are not
-    ``wanted``, since they lie in tail rows or between others, counts for nothing, and ``blank``
-    ones are cleared: they are written to. The slots ``beyond`` are those that do not come from the
-    device.
+    The slots ``on_nvme`` have ``places`` of the file, from which come those that are ``wanted``:
+    the others come from tail rows. The slots ``beyond`` are those that do not come from the device.
     """
 
     micro_batch: MicroBatch
@@ -51,14 +55,15 @@ class KVMoves:
     on_nvme: slice
     places: torch.Tensor
     wanted: torch.Tensor
-    blank: tuple[int, ...]
     tails: Index
-    reads: tuple[slice, ...]
+    reads: tuple[Transfer, ...]
     scatters: tuple[Scatter, ...]
     kept: TokenMoves
-    writes: tuple[slice, ...]
+    writes: tuple[Transfer, ...]
     beyond: slice
     filled: tuple[int, ...]
+    parts: dict[tuple[int, int, int], list[Part]] = field(default_factory=dict)
+    """Of a read, the same at many layers: by its first slot, buffer and stride."""
 
 
 def moves_of(
@@ -69,10 +74,13 @@ def moves_of(
     kept: Mapping[int, int],
     block_size: int,
     device: torch.device,
+    most: int,
+    gap: int,
 ) -> KVMoves:
     """The moves of ``micro_batch``, whose blocks lie on ``device`` before ``first_host``, on the
     host before ``first_nvme``, and from there on NVMe; but the slots ``tails`` come from these tail
-    rows, and ``kept`` go to these."""
+    rows, and ``kept`` go to these. A read spans at most ``most`` blocks, with gaps of up to ``gap``
+    and in all no more than it is for; a write is of at most ``most``."""
     blocks, loaded = micro_batch.blocks, micro_batch.num_loaded
     host = bisect_left(blocks, first_host, 0, loaded)
     nvme = bisect_left(blocks, first_nvme, host, loaded)
@@ -93,7 +101,7 @@ def moves_of(
             scatters.append(Scatter(tier, tokens, (slots.to(device), rows.to(home))))
     on_nvme = range(nvme, loaded)
     near = sorted(slot for slot in tails if slot in on_nvme)
-    unwanted = micro_batch.bridges.union(near)
+    wanted = [slot for slot in on_nvme if slot not in tails]
     behind = [slot for slot in written if blocks[slot] >= first_nvme]
     # a block that comes to a tail row comes whole
     to_tails = [
@@ -105,13 +113,12 @@ def moves_of(
         gathers=tuple(gathers),
         on_nvme=slice(nvme, loaded),
         places=torch.tensor(blocks[nvme:loaded], dtype=torch.long) - first_nvme,
-        wanted=torch.tensor([slot not in unwanted for slot in on_nvme], dtype=torch.bool),
-        blank=tuple(micro_batch.bridges.intersection(written)),
+        wanted=torch.tensor([slot not in tails for slot in on_nvme], dtype=torch.bool),
         tails=_index(near, tails),
-        reads=tuple(r for r in _runs(blocks, on_nvme) if not unwanted.issuperset(slots_of(r))),
+        reads=tuple(_reads(blocks, _runs(blocks, wanted, most), most, gap)),
         scatters=tuple(scatters),
         kept=_tokens(to_tails, device, torch.device("cpu")),
-        writes=tuple(_runs(blocks, [slot for slot in behind if slot not in kept])),
+        writes=tuple(_writes(_runs(blocks, [s for s in behind if s not in kept], most), most)),
         beyond=slice(host, loaded),
         filled=tuple(blocks[slot] for slot in behind if slot in tails and slot not in kept),
     )
@@ -136,13 +143,44 @@ def _index(slots: Sequence[int], rows: Mapping[int, int]) -> Index:
     return torch.tensor(slots, dtype=torch.long), torch.tensor(found, dtype=torch.long)
 
 
-def _runs(blocks: Sequence[int], slots: Sequence[int]) -> Iterator[slice]:
-    """Maximal runs of neighbouring slots with neighbouring blocks."""
+def _runs(blocks: Sequence[int], slots: Sequence[int], most: int) -> Iterator[slice]:
+    """Runs of up to ``most`` neighbouring slots with neighbouring blocks."""
     start = 0
     for index in range(1, len(slots) + 1):
-        if index < len(slots):
+        if index < len(slots) and index - start < most:
             here, before = slots[index], slots[index - 1]
             if here == before + 1 and blocks[here] == blocks[before] + 1:
                 continue
         yield slice(slots[start], slots[index - 1] + 1)
         start = index
+
+
+def _reads(blocks: Sequence[int], runs: Iterable[slice], most: int, gap: int) -> Iterator[Transfer]:
+    """Runs with small gaps between them, together."""
+    near: list[slice] = []
+    wanted = 0
+    for run in runs:
+        wanted += len(slots_of(run))
+        if near:
+            span = blocks[run.stop - 1] + 1 - blocks[near[0].start]
+            between = blocks[run.start] - blocks[near[-1].stop - 1] - 1
+            if between > gap or span > min(most, 2 * wanted):
+                yield tuple(near)
+                near, wanted = [], len(slots_of(run))
+        near.append(run)
+    if near:
+        yield tuple(near)
+
+
+def _writes(runs: Iterable[slice], most: int) -> Iterator[Transfer]:
+    """Runs of up to ``most`` slots, together, but not too many for one thread."""
+    some: list[slice] = []
+    count = 0
+    for run in runs:
+        count += len(slots_of(run))
+        if count > most or len(some) == RUNS_OF_A_WRITE:
+            yield tuple(some)
+            some, count = [], len(slots_of(run))
+        some.append(run)
+    if some:
+        yield tuple(some)

@@ -24,11 +24,11 @@ from kvcache.block_pool import CachedBlock
 from kvcache.checksum import checksums
 from kvcache.kept_index import KeptIndex
 from kvcache.kv_codec import codecs
-from kvcache.kv_file import KVFile
-from kvcache.kv_moves import Index, KVMoves, TokenMoves, moves_of, slots_of
+from kvcache.kv_file import KVFile, still_failing
+from kvcache.kv_moves import Index, KVMoves, TokenMoves, Transfer, moves_of
 from kvcache.kv_store import KVStore, KVViews, layer_views
-from kvcache.micro_batch import CHUNK_BYTES, NUM_BUFFERS, MicroBatch
-from kvcache.storage.posix import PosixBackend
+from kvcache.micro_batch import CHUNK_BYTES, GAP_BYTES, NUM_BUFFERS, MicroBatch
+from kvcache.storage.posix import MAX_PARTS, Part, PosixBackend
 from kvcache.tail_rows import TailRows
 from kvcache.tier import Tier
 from kvcache.trace import Trace
@@ -47,8 +47,8 @@ class _Job:
     buffer: int
     stored: bool = False
     brought_up: torch.cuda.Event | None = None
-    reads: list[tuple[slice, Future[None]]] = field(default_factory=list)
-    writes: list[tuple[slice, Future[None]]] = field(default_factory=list)
+    reads: list[tuple[Transfer, Future[None]]] = field(default_factory=list)
+    writes: list[tuple[Transfer, Future[None]]] = field(default_factory=list)
 
 
 class KVRotation:
@@ -112,10 +112,12 @@ class KVRotation:
         if self._staged:
             size = num_slots * max(self._strides)
             self._landings = [host_arena.allocate(size) for _ in range(NUM_BUFFERS)]
+        self._read_blocks = min(max(1, CHUNK_BYTES // max(self._strides)), MAX_PARTS)
+        self._gap_blocks = GAP_BYTES // max(self._strides)
         self._file: KVFile | None = None
         if num_nvme_blocks:
             assert folder is not None, "NVMe blocks need a folder"
-            backend = PosixBackend(chunk_bytes=CHUNK_BYTES)
+            backend = PosixBackend()
             self._file = KVFile(folder, self._strides, num_nvme_blocks, backend, kept_as)
         self._sums = torch.zeros(len(self._strides), num_nvme_blocks, dtype=torch.int64)
         self.kept: dict[int, bytes] = {}
@@ -279,7 +281,17 @@ class KVRotation:
         before = {slot: self._tails[b] for slot, b in enumerate(blocks) if b in self._tails}
         after = {slot: self._tails[blocks[slot]] for slot in self._keep_tails(micro_batch)}
         device, size = self._buffers[0].device, self._store.layout.block_size
-        return moves_of(micro_batch, self.first_host, self.first_nvme, before, after, size, device)
+        return moves_of(
+            micro_batch,
+            self.first_host,
+            self.first_nvme,
+            before,
+            after,
+            size,
+            device,
+            self._read_blocks,
+            self._gap_blocks,
+        )
 
     def _gather(self, job: _Job, landing: torch.Tensor, buffer: torch.Tensor) -> None:
         """Bring what lies on the device and on the host into the slots."""
@@ -350,17 +362,54 @@ class KVRotation:
 
     def _read(self, job: _Job) -> None:
         """Start the job's reads from NVMe."""
-        if not job.moves.reads:
-            return
+        for runs in job.moves.reads:
+            key = runs[0].start, job.buffer, self._strides[job.layer]
+            parts = job.moves.parts.get(key)
+            if parts is None:
+                parts = job.moves.parts[key] = self._parts(job, runs)
+            job.reads.append((runs, self._submit_read(job, runs, parts)))
+
+    def _parts(self, job: _Job, runs: Transfer) -> list[Part]:
+        """Where the job's read of ``runs`` goes, and how much lies between them."""
+        stride, blocks = self._strides[job.layer], job.moves.micro_batch.blocks
+        landing = self._landings[job.buffer].numpy().data
+        parts: list[Part] = []
+        end = blocks[runs[0].start]
+        for run in runs:
+            if gap := blocks[run.start] - end:
+                parts.append(gap * stride)
+            parts.append(landing[run.start * stride : run.stop * stride])
+            end = blocks[run.stop - 1] + 1
+        return parts
+
+    def _submit_read(self, job: _Job, runs: Transfer, parts: Sequence[Part]) -> Future[None]:
         assert self._file is not None
-        landing = self._landing(job)
+        first = self._on_nvme(job, runs[0])
+        span = job.moves.micro_batch.blocks[runs[-1].stop - 1] + 1 - self.first_nvme - first
+        num_bytes = span * self._strides[job.layer]
         link = Link("kv", Tier.NVME, Tier.DEVICE)
-        for run in job.moves.reads:
-            target = landing[run].flatten()
-            count = partial(self._count, link, target.nbytes, self.transfers.begin(link), job)
-            future = self._file.submit_read(job.layer, self._on_nvme(job, run), target)
-            future.add_done_callback(count)
-            job.reads.append((run, future))
+        begun_s = self.transfers.begin(link)
+        future = self._file.submit_read(job.layer, first, parts)
+        future.add_done_callback(partial(self._count, link, num_bytes, begun_s, job))
+        return future
+
+    def _read_again(self, job: _Job, runs: Transfer) -> Future[None]:
+        return self._submit_read(job, runs, self._parts(job, runs))
+
+    def _write(self, job: _Job, runs: Transfer) -> Future[None]:
+        """Start writing."""
+        assert self._file is not None
+        link = Link("kv", Tier.DEVICE, Tier.NVME)
+        landing, stride = self._landings[job.buffer].numpy().data, self._strides[job.layer]
+        pieces = [
+            (self._on_nvme(job, run), landing[run.start * stride : run.stop * stride])
+            for run in runs
+        ]
+        num_bytes = sum(len(memory) for _, memory in pieces)
+        begun_s = self.transfers.begin(link)
+        future = self._file.submit_write(job.layer, pieces)
+        future.add_done_callback(partial(self._count, link, num_bytes, begun_s, job))
+        return future
 
     def _on_nvme(self, job: _Job, run: slice) -> int:
         """The place in the file of a run's first block."""
@@ -378,28 +427,25 @@ class KVRotation:
         if not all(future.done() for _, future in job.reads):
             wait([future for _, future in job.reads])
             self.transfers.add_stall(begun_s, f"KV of layer {job.layer}")
-        moves = job.moves
         if job.reads:
             self._check_reads(job, landing)
-        for slot in moves.blank:
-            landing[slot] = 0
 
     def _check_reads(self, job: _Job, landing: torch.Tensor) -> None:
         """What failed, or fails its checksum, is lost."""
         moves = job.moves
-        lost: set[int] = set()
-        for run, future in job.reads:
-            if (error := future.exception()) is not None:
-                logger.warning("KV is lost: %s", error)
-                lost.update(slots_of(run))
-        job.reads.clear()
+        first: int = moves.on_nvme.start
+        with_gaps = [future for runs, future in job.reads if len(runs) > 1]
+        lost = still_failing(job.reads, partial(self._read_again, job))
+        error = next((e for future in with_gaps if (e := future.exception()) is not None), None)
+        if error is not None and not lost:
+            logger.warning("reads no longer take along what lies between blocks: %s", error)
+            self._gap_blocks = 0
         found = checksums(landing[moves.on_nvme])
         wrong = moves.wanted & (found != self._sums[job.layer][moves.places])
         if wrong.any():
             logger.warning("KV is lost: %d blocks fail their checksum", int(wrong.sum()))
-            lost.update((wrong.nonzero().flatten() + moves.on_nvme.start).tolist())
-        first: int = moves.on_nvme.start
-        self._lose(job, [slot for slot in lost if moves.wanted[slot - first]], landing)
+            lost.update((wrong.nonzero().flatten() + first).tolist())
+        self._lose(job, lost, landing)
 
     def _lose(self, job: _Job, slots: Iterable[int], landing: torch.Tensor | None = None) -> None:
         """The blocks at ``slots`` have lost their content."""
@@ -426,31 +472,19 @@ class KVRotation:
             begun_s = self.transfers.begin(link)
             moved = self._scatter_tokens(job, job.moves.kept, self._tails.rows)
             self.transfers.end(link, moved, begun_s, f"layer {job.layer}")
-        for run in job.moves.writes:
+        for run in (run for runs in job.moves.writes for run in runs):
             if self._staged and not job.stored:
                 landing[run, : self._stored[job.layer].num_bytes] = self._put_down(job, buffer[run])
-            self._write(job, run, landing[run])
-
-    def _write(self, job: _Job, run: slice, pieces: torch.Tensor) -> None:
-        assert self._file is not None
-        block = self._on_nvme(job, run)
-        sums = checksums(pieces)
-        self._sums[job.layer, block : block + pieces.shape[0]] = sums
-        link = Link("kv", Tier.DEVICE, Tier.NVME)
-        count = partial(self._count, link, pieces.nbytes, self.transfers.begin(link), job)
-        future = self._file.submit_write(job.layer, block, pieces.flatten())
-        future.add_done_callback(count)
-        job.writes.append((run, future))
+            block = self._on_nvme(job, run)
+            sums = checksums(landing[run])
+            self._sums[job.layer, block : block + sums.shape[0]] = sums
+        job.writes.extend((runs, self._write(job, runs)) for runs in job.moves.writes)
 
     def _free_landing(self, job: _Job) -> None:
         """Wait until what was brought up and what was written no longer needs the job's landing."""
         if job.brought_up is not None:
             job.brought_up.synchronize()
-        for run, future in job.writes:
-            if (error := future.exception()) is not None:
-                logger.warning("KV is lost: %s", error)
-                self._lose(job, slots_of(run))
-        job.writes.clear()
+        self._lose(job, still_failing(job.writes, partial(self._write, job)))
 
     def _move(
         self, blocks: Sequence[int], rows: Sequence[torch.Tensor], *, write: bool, stored: bool

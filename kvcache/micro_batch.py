@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from statistics import fmean
 
 NUM_BUFFERS = 4
 """Of the rotation: one that is attended to, two that are read into, so that the disk need not wait
@@ -14,12 +14,12 @@ ACTIVATION_BUFFERS = 3
 """On the host, of a slice's states on their way to and from NVMe: one that is computed, one that is
 read, one that is written."""
 
-MAX_GAP = 2
-"""Blocks that are read without being wanted, between two that are."""
-
 CHUNK_BYTES = 4 << 20
-"""What is read from NVMe at once, of neighbouring blocks: each read costs the threads that compute
-a few tenths of a millisecond."""
+"""What is read from NVMe at once: each read costs the threads that compute a few tenths of a
+millisecond."""
+
+GAP_BYTES = 256 << 10
+"""What a read takes along, at most, between two blocks, to spare another read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,7 @@ class MicroBatch:
     ``blocks[slot]`` is the block whose piece comes to a slot; the first ``num_loaded`` of them hold
     earlier tokens, in ascending order; ``written`` are the slots that take new ones, ascending,
     with their places in the block, ``unfinished`` those of them that will take more. ``members``
-    are the positions of the sequences in the pass. ``bridges`` are loaded slots of which nothing is
-    wanted: their blocks lie between two that are, and one long read is faster than two short ones.
+    are the positions of the sequences in the pass.
     """
 
     members: tuple[int, ...]
@@ -69,7 +68,6 @@ class MicroBatch:
     num_loaded: int
     written: Mapping[int, range]
     unfinished: frozenset[int] = frozenset()
-    bridges: frozenset[int] = frozenset()
 
     @property
     def slots(self) -> Mapping[int, int]:
@@ -77,22 +75,23 @@ class MicroBatch:
         return {block: slot for slot, block in enumerate(self.blocks)}
 
 
-def deal(
-    uses: Mapping[int, BlockUse], num_slots: int, first_read: int | None = None
-) -> tuple[MicroBatch, ...]:
-    """Cut the sequences ``uses`` (by position in the pass), in their order, into as few
-    micro-batches as ``num_slots`` allow. A block that several share comes once. From the block
-    ``first_read`` on they are read from a file, small gaps with them where slots are left.
+def deal(uses: Mapping[int, BlockUse], num_slots: int) -> tuple[MicroBatch, ...]:
+    """Cut the sequences ``uses`` (by position in the pass) into as few micro-batches as
+    ``num_slots`` allow, those whose blocks lie near each other together. A block that several share
+    comes once.
 
     Raises ValueError for a sequence that needs more slots than there are.
     """
+    near = dict(sorted(uses.items(), key=lambda item: fmean(item[1].block_ids)))
+    # the order decides how well they fill the slots
+    uses = min((near, uses), key=lambda order: len(_groups(order, num_slots)))
     groups = _groups(uses, num_slots)
-    if len(groups) > 1:  # even ones leave each other time, and slots for gaps
+    if len(groups) > 1:  # even ones leave each other time
         longest = max(len(use.block_ids) for use in uses.values())
         share = -(-sum(len(slots) for _, slots in groups) // len(groups))
         even = _groups(uses, min(num_slots, max(longest, share)))
         groups = even if len(even) == len(groups) else groups
-    return tuple(_micro_batch(uses, members, num_slots, first_read) for members, _ in groups)
+    return tuple(_micro_batch(uses, sorted(members)) for members, _ in groups)
 
 
 def _groups(uses: Mapping[int, BlockUse], num_slots: int) -> list[tuple[list[int], set[int]]]:
@@ -110,20 +109,13 @@ def _groups(uses: Mapping[int, BlockUse], num_slots: int) -> list[tuple[list[int
     return groups
 
 
-def _micro_batch(
-    uses: Mapping[int, BlockUse], members: Sequence[int], num_slots: int, first_read: int | None
-) -> MicroBatch:
+def _micro_batch(uses: Mapping[int, BlockUse], members: Sequence[int]) -> MicroBatch:
     loaded: set[int] = set()
     written: dict[int, range] = {}
     for use in (uses[position] for position in members):
         loaded.update(use.block_ids[: use.num_loaded])
         written.update(use.written)
     last = {uses[p].block_ids[-1] for p in members if uses[p].is_unfinished}
-    room = num_slots - len(loaded | written.keys())
-    between: list[int] = []
-    if first_read is not None:
-        between = _between(sorted(loaded), first_read, room, written.keys())
-        loaded.update(between)
     blocks = (*sorted(loaded), *sorted(written.keys() - loaded))
     slots = {block: slot for slot, block in enumerate(blocks)}
     return MicroBatch(
@@ -132,19 +124,4 @@ def _micro_batch(
         num_loaded=len(loaded),
         written={slot: written[block] for slot, block in enumerate(blocks) if block in written},
         unfinished=frozenset(slots[block] for block in last),
-        bridges=frozenset(slots[block] for block in between),
     )
-
-
-def _between(loaded: Sequence[int], first: int, room: int, written: Set[int]) -> list[int]:
-    """The blocks of small gaps between those that are read; written ones have a slot anyhow."""
-    found: list[int] = []
-    for low, high in pairwise(loaded):
-        gap = range(low + 1, high)
-        if low < first or not 0 < len(gap) <= MAX_GAP:
-            continue
-        room -= sum(block not in written for block in gap)
-        if room < 0:
-            break
-        found += gap
-    return found

@@ -34,7 +34,7 @@ class TierBlocks:
         self._references = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
-        self._blank = deque(range(num_blocks))
+        self._blank = OrderedDict.fromkeys(range(num_blocks))
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._spared: dict[int, None] = {}
         self._suspects: set[int] = set()
@@ -73,7 +73,7 @@ class TierBlocks:
         free.
         """
         if self._blank:
-            block_id, lost = self._blank.popleft(), None
+            block_id, lost = self._blank.popitem(last=False)[0], None
         elif self._idle or self._spared:
             block_id = next(iter(self._idle)) if self._idle else self._wanted_last()
             lost = self._hashes[block_id]
@@ -103,7 +103,7 @@ class TierBlocks:
             if block_id in self._suspects:
                 self._free_suspects.append(block_id)
             elif self._hashes[block_id] is None:
-                self._blank.append(block_id)
+                self._blank[block_id] = None
             else:
                 self._become_idle(block_id)
 
@@ -129,7 +129,7 @@ class TierBlocks:
         assert self._references[block_id] == 0, f"block {block_id} is held"
         self.forget(block_id)
         if block_hash not in self._by_hash:
-            self._blank.remove(block_id)
+            del self._blank[block_id]
             self._hashes[block_id] = block_hash
             self._by_hash[block_hash] = block_id
             self._become_idle(block_id)
@@ -147,7 +147,7 @@ class TierBlocks:
             return
         if self.is_idle(block_id):
             self._leave_idle(block_id)
-            self._blank.append(block_id)
+            self._blank[block_id] = None
         self._hashes[block_id] = None
         del self._by_hash[block_hash]
 
@@ -156,7 +156,7 @@ class TierBlocks:
         self.forget(block_id)
         self._suspects.add(block_id)
         if block_id in self._blank:
-            self._blank.remove(block_id)
+            del self._blank[block_id]
             self._free_suspects.append(block_id)
 
     def register(self, block_id: int, block_hash: bytes) -> None:

@@ -96,7 +96,7 @@ class PassKV:
                 for p in on_host
             ]
             self._on_host = part(on_host, moved, torch.device("cpu"))
-        self.micro_batches = deal(outside, rotation.num_slots, rotation.first_nvme)
+        self.micro_batches = deal(outside, rotation.num_slots)
         for micro_batch in self.micro_batches:
             slots = micro_batch.slots
             moved = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,6 +116,7 @@ steps = st.lists(
     num_tail_blocks=st.integers(0, 4),
     demoted=st.lists(st.integers(DEVICE, TOTAL - 1), max_size=3),
     storage_dtype=st.sampled_from(STORAGE_DTYPES),
+    limits=st.tuples(st.integers(1, 6), st.integers(0, 3)),
     seed=st.integers(0, 1 << 32),
 )
 def test_every_block_keeps_what_was_written(
@@ -121,6 +124,7 @@ def test_every_block_keeps_what_was_written(
     num_tail_blocks: int,
     demoted: list[int],
     storage_dtype: str,
+    limits: tuple[int, int],
     seed: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -148,19 +152,19 @@ def test_every_block_keeps_what_was_written(
                 if set(step.block_ids) <= free:
                     free -= set(step.block_ids)
                     chosen[index] = step.use
-            micro_batches = deal(chosen, SLOTS, rotating.first_nvme)
+            micro_batches = deal(chosen, SLOTS)
             for micro_batch in micro_batches:
                 for slot, places in micro_batch.written.items():
                     if places.start == 0:
                         size = torch.randint(0, 3, (), generator=generator).item()
                         sizes[micro_batch.blocks[slot]] = 1000.0**size
+            rotating._read_blocks, rotating._gap_blocks = limits
             rotating.begin(micro_batches)
             for spec in LAYOUT.layers:
                 for micro_batch in micro_batches:
                     views = rotating.take(spec.layer)
-                    wanted = set(range(micro_batch.num_loaded)) - micro_batch.bridges
-                    for slot, block in enumerate(micro_batch.blocks):
-                        for place in range(SIZE if slot in wanted else 0):
+                    for slot, block in enumerate(micro_batch.blocks[: micro_batch.num_loaded]):
+                        for place in range(SIZE):
                             found = known.get((spec.layer, block, place), ())
                             for view, value in zip(views, found, strict=False):
                                 there = view[slot, place]
@@ -271,7 +275,7 @@ def run_pass(rotating: KVRotation, steps: Sequence[tuple[Step, float]]) -> dict[
     held: dict[int, set[float]] = {}
     uses = {index: step.use for index, (step, _) in enumerate(steps)}
     values = {block: value for step, value in steps for block in step.block_ids}
-    (micro_batch,) = deal(uses, SLOTS, rotating.first_nvme)
+    (micro_batch,) = deal(uses, SLOTS)
     rotating.begin([micro_batch])
     for spec in LAYOUT.layers:
         views = rotating.take(spec.layer)
@@ -382,6 +386,84 @@ def test_a_flipped_bit_on_disk_is_found(tmp_path: Path) -> None:
         rotating._file._backend.write(file, offset, page)
         store.copy([copy_of(Tier.DEVICE, block, Tier.HOST, 1)])
         assert set(rotating.take_lost()) == {lost, CachedBlock(Tier.HOST, 1)}
+
+
+@pytest.mark.parametrize("fault", ["read", "write"])
+def test_a_bad_page_costs_the_block_that_it_is_of(tmp_path: Path, fault: str) -> None:
+    """The last page of the file is that of the last block at the last layer; its neighbours are
+    moved in one transfer with it."""
+    blocks = tuple(range(TOTAL - 3, TOTAL))
+    bad = CachedBlock(Tier.DEVICE, blocks[-1])
+    with rotation(tmp_path) as (_, rotating):
+        assert rotating._file is not None
+        end = rotating.nvme_bytes - 4096
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if fault == "write":  # EFBIG
+            resource.setrlimit(resource.RLIMIT_FSIZE, (end, before[1]))
+        try:
+            run_pass(rotating, [(Step(blocks, added=SIZE * len(blocks), room=0), 1.0)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert rotating.take_lost() == ((bad,) if fault == "write" else ())
+        if fault == "read":  # which then is a short one
+            os.ftruncate(rotating._file._file.descriptor, end)
+        held = run_pass(rotating, [(Step(blocks, added=1, room=0), 1.0)])
+        assert rotating.take_lost() == (bad,)
+        assert all(held[block] == {1.0} for block in blocks[:-1])
+
+
+@contextmanager
+def bad_page(monkeypatch: pytest.MonkeyPatch, name: str, offset: int) -> Iterator[list[int]]:
+    """Calls of ``os.<name>`` that touch the page at ``offset`` fail; yields how many parts all
+    calls had."""
+    call, parts = getattr(os, name), []
+
+    def failing(descriptor: int, views: Sequence[memoryview], start: int) -> int:
+        parts.append(len(views))
+        if start <= offset < start + sum(map(len, views)):
+            raise OSError(errno.EIO, "bad page")
+        return int(call(descriptor, views, start))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, failing)
+        yield parts
+
+
+def test_a_bad_page_between_blocks_costs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reads across it fail; from then on none goes across anything."""
+    one, bad, other, third, fourth = range(DEVICE + HOST, DEVICE + HOST + 5)
+    with rotation(tmp_path) as (_, rotating):
+        for block in (one, bad, other, third, fourth):
+            run_pass(rotating, [(Step((block,), added=SIZE, room=0), float(block))])
+        assert rotating._file is not None
+        step = Step((one, other, fourth), added=1, room=0)
+        with bad_page(monkeypatch, "preadv", rotating._file._offset(1, bad - one)) as parts:
+            assert run_pass(rotating, [(step, 0.0)]) == {
+                one: {float(one)},
+                other: {float(other)},
+                fourth: {float(fourth)},
+            }
+            assert max(parts) == 5
+            parts.clear()
+            assert set(run_pass(rotating, [(step, 0.0)])) == {one, other, fourth}
+            assert set(parts) == {1}
+        assert rotating.take_lost() == ()
+        assert caplog.text.count("no longer take along") == 1
+
+
+def test_a_bad_page_among_scattered_writes_costs_its_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = tuple(range(DEVICE + HOST, TOTAL, 2))
+    with rotation(tmp_path) as (_, rotating):
+        assert rotating._file is not None
+        with bad_page(monkeypatch, "pwritev", rotating._file._offset(2, 2)):
+            run_pass(rotating, [(Step(blocks, added=SIZE * len(blocks), room=0), 1.0)])
+        assert rotating.take_lost() == (CachedBlock(Tier.DEVICE, blocks[1]),)
+        held = run_pass(rotating, [(Step(blocks, added=1, room=0), 1.0)])
+        assert held[blocks[0]] == held[blocks[2]] == {1.0}
 
 
 def test_an_index_comes_and_goes_with_what_is_kept(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ def use(block_ids: tuple[int, ...], tokens: range) -> BlockUse:
 
 
 def test_sequences_share_a_micro_batch_while_their_blocks_fit() -> None:
-    uses = {0: decode(9, 8), 2: decode(3), 3: decode(5, 4), 7: decode(6)}
+    uses = {0: decode(5, 4), 2: decode(3), 3: decode(9, 8), 7: decode(6)}
     assert deal(uses, 3) == (
-        MicroBatch(members=(0, 2), blocks=(3, 8, 9), num_loaded=3, written={0: LAST, 1: LAST}),
-        MicroBatch(members=(3, 7), blocks=(4, 5, 6), num_loaded=3, written={0: LAST, 2: LAST}),
+        MicroBatch(members=(0, 2), blocks=(3, 4, 5), num_loaded=3, written={0: LAST, 1: LAST}),
+        MicroBatch(members=(3, 7), blocks=(6, 8, 9), num_loaded=3, written={0: LAST, 1: LAST}),
     )
-    assert [m.members for m in deal(uses, 2)] == [(0,), (2,), (3,), (7,)]
+    assert [m.members for m in deal(uses, 2)] == [(2,), (0,), (7,), (3,)]
     assert deal({}, 3) == ()
 
 
@@ -63,21 +63,14 @@ def test_blocks_that_hold_nothing_yet_are_not_loaded() -> None:
     )
 
 
-def test_small_gaps_of_what_is_read_are_bridged() -> None:
-    uses = {0: decode(1, 3), 1: decode(10, 11), 2: decode(14, 15), 3: decode(19)}
-    (together,) = deal(uses, 9, first_read=10)
-    assert together.blocks == (1, 3, 10, 11, 12, 13, 14, 15, 19)  # not 2, nor the gap of 3
-    assert together.bridges == {4, 5}
-    assert together.num_loaded == 9
-    (tight,) = deal(uses, 8, first_read=10)
-    assert tight.bridges == frozenset() and tight.blocks == (1, 3, 10, 11, 14, 15, 19)
+def test_sequences_whose_blocks_are_near_come_together() -> None:
+    uses = {0: decode(1, 2), 1: decode(21, 22), 2: decode(3, 4), 3: decode(23, 20)}
+    assert [m.members for m in deal(uses, 4)] == [(0, 2), (1, 3)]
 
 
-def test_a_block_that_is_new_may_be_a_bridge() -> None:
-    new = use((4, 5), range(4, 8))
-    (together,) = deal({0: new, 1: decode(6)}, 3, first_read=0)
-    assert together.blocks == (4, 5, 6) and together.num_loaded == 3
-    assert together.bridges == {1} and together.written == {1: range(4), 2: LAST}
+def test_nearness_costs_no_micro_batch() -> None:
+    uses = {0: decode(1, 2, 3), 1: decode(20), 2: decode(10, 11, 12), 3: decode(21)}
+    assert [m.members for m in deal(uses, 4)] == [(0, 1), (2, 3)]
 
 
 def test_a_sequence_longer_than_the_buffer_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from kvcache.arena import Arena
 from kvcache.errors import BackendUnavailableError, StorageError
 from kvcache.storage import BACKENDS, DirectFile, StorageBackend
-from kvcache.storage.posix import PosixBackend
+from kvcache.storage.posix import PosixBackend, _transfer, _Unwanted
 from kvcache.tier import Tier
 
 
@@ -78,6 +79,57 @@ def test_many_reads_in_flight(tmp_path: Path, backend: StorageBackend) -> None:
     assert torch.equal(target, data)
     assert backend.submit(file, 0, target[:0]).result() is None
     file.close()
+
+
+def test_a_stretch_of_a_file_goes_to_parts_of_memory(folder: Path, backend: PosixBackend) -> None:
+    page, data = 4096, pattern(16 * 4096)
+    view, target = data.numpy().data, buffer_of(16 * 4096)
+    file = backend.open(folder / "f", writable=True)
+    backend.write(file, 0, data)
+    parts = [target.numpy().data[n * page : m * page] for n, m in ((9, 12), (0, 2), (4, 5))]
+    first = (0, [page, parts[0], 2 * page, parts[1]])
+    backend.submit_stretches(file, [first, (8 * page, parts[2:])]).result()
+    assert [bytes(part) for part in parts] == [
+        view[page : 4 * page],
+        view[6 * page : 8 * page],
+        view[8 * page : 9 * page],
+    ]
+    apart = [(2 * page, parts[1:2]), (14 * page, parts[2:])]
+    backend.submit_stretches(file, apart, write=True).result()
+    found = (folder / "f").read_bytes()
+    assert found[2 * page : 4 * page] == bytes(parts[1])
+    assert (
+        found[14 * page : 15 * page] == bytes(parts[2]) and found[15 * page :] == view[15 * page :]
+    )
+    file.close()
+
+
+def test_parts_that_nobody_wants_come_to_places_of_their_own() -> None:
+    """As a file system that checks what came to memory needs it."""
+    wanted = buffer_of(4096).numpy().data
+    views = _Unwanted().filled_in([4096, wanted, 8192, 4096])
+    assert [len(view) for view in views] == [4096, 4096, 8192, 4096]
+    for number, view in enumerate(views):
+        view[:] = bytes([number]) * len(view)
+    assert [set(view) for view in views] == [{0}, {1}, {2}, {3}] and set(wanted) == {1}
+
+
+def test_a_short_transfer_goes_on_within_its_parts(tmp_path: Path) -> None:
+    """Each call moves one page."""
+    page, data = 4096, pattern(6 * 4096)
+    (tmp_path / "f").write_bytes(bytes(data.numpy()))
+    target = buffer_of(6 * page).numpy().data
+    parts = [target[3 * page :], target[: 2 * page], target[2 * page : 3 * page]]
+    calls: list[tuple[int, int]] = []
+
+    def short(descriptor: int, views: Sequence[memoryview], offset: int) -> int:
+        calls.append((len(views), offset))
+        return os.preadv(descriptor, [views[0][:page]], offset)
+
+    with open(tmp_path / "f", "rb") as opened:
+        _transfer(DirectFile(tmp_path / "f", opened.fileno(), direct=True), 0, parts, short)
+    assert calls == [(3, 0), (3, page), (3, 2 * page), (2, 3 * page), (2, 4 * page), (1, 5 * page)]
+    assert b"".join(parts) == bytes(data.numpy())
 
 
 def test_short_file_is_an_error_with_its_offset(folder: Path, backend: StorageBackend) -> None:
