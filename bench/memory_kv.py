@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +27,7 @@ SHAPE = "llama-2.2gb"
 SEQUENCES, ON_DEVICE = 128, 8
 PROMPT_TOKENS, OUTPUT_TOKENS = 96, 32
 LONG_SHAPE, LONG_PROMPT_TOKENS = "llama-0.2gb-mha", 224
+SCATTERING = 256
 BUDGET = 8 << 30
 PREFIX_TOKENS, FEW_BLOCKS = 2000, 4
 
@@ -114,10 +116,15 @@ def _rotation(folder: Path, rounds: int, shape: str, prompt_tokens: int) -> None
             rates = calibrate(folder, refresh=True).bandwidths
             problem = problem_here(config)
             for name, llm in engines.items():
-                rate, _ = decode_rate(llm, SEQUENCES, OUTPUT_TOKENS, prompt_tokens)
-                passes[name].append(SEQUENCES / rate)
+                passes[name].append(_decode_pass_s(llm, prompt_tokens))
                 roofs[name].append(_roof(name, plans[name], kv_bytes, rates))
                 forecasts[name].append(_forecast(plans[name], problem))
+        _scatter(engines["NVMe"], plans["NVMe"].max_model_len)
+        scattered = [
+            _decode_pass_s(engines["NVMe"], prompt_tokens)
+            / _decode_pass_s(engines["device"], prompt_tokens)
+            for _ in range(rounds)
+        ]
     print(
         f"{shape}: {SEQUENCES} sequences, {prompt_tokens} in / {OUTPUT_TOKENS} out, bf16; ", end=""
     )
@@ -144,6 +151,31 @@ def _rotation(folder: Path, rounds: int, shape: str, prompt_tokens: int) -> None
         f"\nAll on the device twice gives the same tokens in {again:.0%}. KV lost: {losses}. "
         f"(target: within 10 % of the roofline, in which all that a pass does overlaps; the "
         f"planner's forecast adds up what the same cores do)"
+    )
+    print(
+        f"\nAfter {SCATTERING} requests of other lengths, which leave the free blocks on NVMe in "
+        f"disorder: {spread(scattered, 2)} of all on the device."
+    )
+
+
+def _decode_pass_s(llm: LLM, prompt_tokens: int) -> float:
+    return SEQUENCES / decode_rate(llm, SEQUENCES, OUTPUT_TOKENS, prompt_tokens)[0]
+
+
+def _scatter(llm: LLM, max_model_len: int) -> None:
+    """Requests of random lengths, so that blocks are freed in another order than they lie."""
+    rng = random.Random(0)
+    lengths = [rng.randint(1, max_model_len - 2) for _ in range(SCATTERING)]
+    llm.generate(
+        [prompts(1, length)[0] for length in lengths],
+        [
+            SamplingParams(
+                max_tokens=rng.randint(1, min(OUTPUT_TOKENS, max_model_len - length)),
+                temperature=0.0,
+                ignore_eos=True,
+            )
+            for length in lengths
+        ],
     )
 
 
