@@ -10,7 +10,7 @@ import typer
 
 def demo(
     folder: Annotated[Path, typer.Option(help="Where the model is kept.")] = Path(".demo"),
-    model_size: Annotated[str, typer.Option(help="full (1.5 GB) or small (80 MB).")] = "full",
+    model_size: Annotated[str, typer.Option(help="full (1.5 GB) or small (70 MB).")] = "full",
     keep: Annotated[bool, typer.Option("--keep", help="Serve on, until Ctrl-C.")] = False,
 ) -> None:
     """Write a random model, plan it over three tiers, serve it on Ray, and ask it."""

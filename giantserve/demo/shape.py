@@ -65,4 +65,4 @@ SHAPES = {
         host_memory="8MiB",
     ),
 }
-"""``full`` is 1.5 GB of bf16, ``small`` 80 MB; of both a good third fits only on the disk."""
+"""``full`` is 1.5 GB of bf16, ``small`` 70 MB; of both a good third fits only on the disk."""

@@ -195,7 +195,7 @@ def check(
     greedy = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     with LLM(path, plan=plan, nvme_dir=path / "nvme", launcher=launcher) as llm:
         outputs = llm.generate(PROMPTS, greedy)
-        llm.generate(PROMPTS[2], greedy)
+        llm.generate(PROMPTS[2], replace(greedy, max_tokens=1))
         again = llm.generate(PROMPTS[2], greedy)[0]
         stats = llm.stats()
     assert [output.token_ids for output in outputs] == expected(path)
