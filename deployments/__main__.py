@@ -25,6 +25,7 @@ from deployments.session import in_own_session
 from deployments.tuning import tune
 from giantserve.errors import ConfigError, EngineDeadError, GiantserveError
 from giantserve.executor.launcher import ENVIRONMENT_NAME, Launcher, remove_dead
+from giantserve.interrupts import no_lost_interrupts
 from giantserve.planning import check
 from partition.errors import PlanError
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGINT or SIGTERM; 0 after a clean end, 1 and a line on stderr after an error."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
-        with held_port(arguments.host, arguments.port):
+        with no_lost_interrupts(), held_port(arguments.host, arguments.port):
             options = {"model": arguments.model, **_key_values(arguments.options)}
             check(parse_args(options)[0])
             tune()

@@ -20,6 +20,7 @@ from giantserve.demo.report import measured_table, plan_table, shares
 from giantserve.demo.server import Server
 from giantserve.demo.shape import SHAPES, DemoShape
 from giantserve.errors import ConfigError
+from giantserve.interrupts import no_lost_interrupts
 from giantserve.options import engine_config
 from partition.plan import PartitionPlan
 
@@ -40,7 +41,7 @@ def run_demo(folder: Path, model_size: str = "full", keep: bool = False) -> None
     console = Console()
     shape = SHAPES[model_size]
     model, nvme = (folder.absolute() / f"{model_size}-{part}" for part in ("model", "nvme"))
-    with _interrupted_by_signals(console):
+    with _interrupted_by_signals(console), no_lost_interrupts():
         _heading(console, 1, "A model of random weights")
         _prepare(console, shape, model)
         options = {
