@@ -6,13 +6,12 @@ import fcntl
 import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from itertools import accumulate
 from pathlib import Path
 
 from kvcache.kept_index import KeptIndex
-from kvcache.kv_moves import Transfer, slots_of
 from kvcache.private_folder import make_private
 from kvcache.storage import DirectFile, reserve
 from kvcache.storage.posix import Part, PosixBackend
@@ -108,22 +107,6 @@ class KVFile:
 
     def _offset(self, layer: int, block: int) -> int:
         return self._starts[layer] + block * self._piece_bytes[layer]
-
-
-def still_failing(
-    transfers: list[tuple[Transfer, Future[None]]], again: Callable[[Transfer], Future[None]]
-) -> set[int]:
-    """Of the transfers that failed, those slots that fail by themselves, too: a bad page costs one
-    block. Waits, and forgets the transfers."""
-    failed = [runs for runs, future in transfers if future.exception() is not None]
-    transfers.clear()
-    slots = [slot for runs in failed for run in runs for slot in slots_of(run)]
-    alone = [(slot, again((slice(slot, slot + 1),))) for slot in slots]
-    errors = {slot: e for slot, future in alone if (e := future.exception()) is not None}
-    if errors:
-        error = next(iter(errors.values()))
-        logger.warning("KV is lost: %d blocks cannot be moved: %s", len(errors), error)
-    return set(errors)
 
 
 def _lock(file: DirectFile) -> bool:

@@ -22,6 +22,13 @@ Transfer = tuple[slice, ...]
 RUNS_OF_A_WRITE = 32
 
 
+class ReadLimits(NamedTuple):
+    """Of one read, in blocks: how many it may span, and how many may lie between two runs."""
+
+    span: int
+    gap: int
+
+
 class TokenMoves(NamedTuple):
     """Tokens by (slots, places in the block), as indices on the device, and by (rows, places in
     the block), as indices where the rows lie."""
@@ -74,13 +81,12 @@ def moves_of(
     kept: Mapping[int, int],
     block_size: int,
     device: torch.device,
-    most: int,
-    gap: int,
+    limits: ReadLimits,
 ) -> KVMoves:
     """The moves of ``micro_batch``, whose blocks lie on ``device`` before ``first_host``, on the
     host before ``first_nvme``, and from there on NVMe; but the slots ``tails`` come from these tail
-    rows, and ``kept`` go to these. A read spans at most ``most`` blocks, with gaps of up to ``gap``
-    and in all no more than it is for; a write is of at most ``most``."""
+    rows, and ``kept`` go to these. What a read takes along is within ``limits`` and in all no more
+    than it is for; a write is of at most ``limits.span`` blocks."""
     blocks, loaded = micro_batch.blocks, micro_batch.num_loaded
     host = bisect_left(blocks, first_host, 0, loaded)
     nvme = bisect_left(blocks, first_nvme, host, loaded)
@@ -103,6 +109,7 @@ def moves_of(
     near = sorted(slot for slot in tails if slot in on_nvme)
     wanted = [slot for slot in on_nvme if slot not in tails]
     behind = [slot for slot in written if blocks[slot] >= first_nvme]
+    to_nvme = [slot for slot in behind if slot not in kept]
     # a block that comes to a tail row comes whole
     to_tails = [
         (slot, kept[slot], written[slot] if slot in tails else range(block_size))
@@ -115,10 +122,10 @@ def moves_of(
         places=torch.tensor(blocks[nvme:loaded], dtype=torch.long) - first_nvme,
         wanted=torch.tensor([slot not in tails for slot in on_nvme], dtype=torch.bool),
         tails=_index(near, tails),
-        reads=tuple(_reads(blocks, _runs(blocks, wanted, most), most, gap)),
+        reads=tuple(_reads(blocks, _runs(blocks, wanted, limits.span), limits)),
         scatters=tuple(scatters),
         kept=_tokens(to_tails, device, torch.device("cpu")),
-        writes=tuple(_writes(_runs(blocks, [s for s in behind if s not in kept], most), most)),
+        writes=tuple(_writes(_runs(blocks, to_nvme, limits.span), limits.span)),
         beyond=slice(host, loaded),
         filled=tuple(blocks[slot] for slot in behind if slot in tails and slot not in kept),
     )
@@ -155,7 +162,7 @@ def _runs(blocks: Sequence[int], slots: Sequence[int], most: int) -> Iterator[sl
         start = index
 
 
-def _reads(blocks: Sequence[int], runs: Iterable[slice], most: int, gap: int) -> Iterator[Transfer]:
+def _reads(blocks: Sequence[int], runs: Iterable[slice], limits: ReadLimits) -> Iterator[Transfer]:
     """Runs with small gaps between them, together."""
     near: list[slice] = []
     wanted = 0
@@ -164,7 +171,7 @@ def _reads(blocks: Sequence[int], runs: Iterable[slice], most: int, gap: int) ->
         if near:
             span = blocks[run.stop - 1] + 1 - blocks[near[0].start]
             between = blocks[run.start] - blocks[near[-1].stop - 1] - 1
-            if between > gap or span > min(most, 2 * wanted):
+            if between > limits.gap or span > min(limits.span, 2 * wanted):
                 yield tuple(near)
                 near, wanted = [], len(slots_of(run))
         near.append(run)

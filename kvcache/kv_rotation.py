@@ -8,12 +8,8 @@ written back, so that the batch is bounded by host and NVMe memory and each weig
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -21,34 +17,26 @@ import torch
 
 from kvcache.arena import ALIGNMENT, Arena
 from kvcache.block_pool import CachedBlock
-from kvcache.checksum import checksums
-from kvcache.kept_index import KeptIndex
 from kvcache.kv_codec import codecs
-from kvcache.kv_file import KVFile, still_failing
-from kvcache.kv_moves import Index, KVMoves, TokenMoves, Transfer, moves_of
+from kvcache.kv_file import KVFile
+from kvcache.kv_moves import Index, KVMoves, ReadLimits, TokenMoves, moves_of
 from kvcache.kv_store import KVStore, KVViews, layer_views
-from kvcache.micro_batch import CHUNK_BYTES, GAP_BYTES, NUM_BUFFERS, MicroBatch
-from kvcache.storage.posix import MAX_PARTS, Part, PosixBackend
+from kvcache.micro_batch import NUM_BUFFERS, MicroBatch
+from kvcache.nvme_pieces import NVMePieces, PieceTransfers
+from kvcache.storage.posix import PosixBackend
 from kvcache.tail_rows import TailRows
 from kvcache.tier import Tier
 from kvcache.trace import Trace
 from kvcache.transfer_stats import Link, TransferStats
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(slots=True, eq=False)
-class _Job:
+class _Job(PieceTransfers):
     """One micro-batch at one layer. ``stored``: what goes home is in the landing already.
     ``brought_up``: on CUDA, the end of the copies from the landing."""
 
-    layer: int
-    moves: KVMoves
-    buffer: int
     stored: bool = False
     brought_up: torch.cuda.Event | None = None
-    reads: list[tuple[Transfer, Future[None]]] = field(default_factory=list)
-    writes: list[tuple[Transfer, Future[None]]] = field(default_factory=list)
 
 
 class KVRotation:
@@ -112,21 +100,14 @@ class KVRotation:
         if self._staged:
             size = num_slots * max(self._strides)
             self._landings = [host_arena.allocate(size) for _ in range(NUM_BUFFERS)]
-        self._read_blocks = min(max(1, CHUNK_BYTES // max(self._strides)), MAX_PARTS)
-        self._gap_blocks = GAP_BYTES // max(self._strides)
-        self._file: KVFile | None = None
+        self.transfers = TransferStats(trace)
+        self._nvme: NVMePieces | None = None
         if num_nvme_blocks:
             assert folder is not None, "NVMe blocks need a folder"
-            backend = PosixBackend()
-            self._file = KVFile(folder, self._strides, num_nvme_blocks, backend, kept_as)
-        self._sums = torch.zeros(len(self._strides), num_nvme_blocks, dtype=torch.int64)
-        self.kept: dict[int, bytes] = {}
-        """The content of blocks that an earlier process kept, oldest use first."""
-        if self._file is not None:
-            index = self._file.kept()
-            self._sums = index.sums
-            self.kept = {self.first_nvme + place: h for place, h in index.hashes.items()}
-        self.transfers = TransferStats(trace)
+            file = KVFile(folder, self._strides, num_nvme_blocks, PosixBackend(), kept_as)
+            self._nvme = NVMePieces(
+                file, self.first_nvme, self._strides, self._landings, self.transfers
+            )
         self._jobs: list[_Job] = []
         self._at = 0
         self._lost: set[CachedBlock] = set()
@@ -145,7 +126,7 @@ class KVRotation:
         ]
         self._at = 0
         for job in self._jobs[: NUM_BUFFERS - 1]:
-            self._read(job)
+            self._start_reads(job)
 
     def take(self, layer: int) -> KVViews:
         """The next micro-batch's keys and values at ``layer``, a block a slot: [num_slots,
@@ -157,7 +138,9 @@ class KVRotation:
         assert job.layer == self._places[layer], f"layer {layer} is not what comes next"
         landing, buffer = self._landing(job), self._buffer(job)
         self._gather(job, landing, buffer)
-        self._wait_for_reads(job, landing)
+        if job.reads:
+            assert self._nvme is not None
+            self._lose(job, self._nvme.finish_reads(job, landing), landing)
         if self._staged:
             self._bring_up(job, landing[job.moves.beyond], buffer[job.moves.beyond])
             if buffer.is_cuda:
@@ -183,7 +166,7 @@ class KVRotation:
             self._free_landing(self._jobs[self._at - 2])
         following = self._at + NUM_BUFFERS - 2
         if following < len(self._jobs):
-            self._read(self._jobs[following])
+            self._start_reads(self._jobs[following])
 
     def end(self) -> None:
         """The pass is over, or was left in the middle: wait for what is under way."""
@@ -228,30 +211,31 @@ class KVRotation:
     def keep(self, hashes: Mapping[int, bytes]) -> None:
         """Leave the content of these NVMe blocks, oldest use first, to a later process, if the disk
         lets it."""
-        if self._file is not None:
-            places = {block - self.first_nvme: found for block, found in hashes.items()}
-            try:
-                self._file.keep(KeptIndex(places, self._sums))
-            except OSError as error:
-                logger.warning("cached prefixes are not kept: %s", error)
+        if self._nvme is not None:
+            self._nvme.keep(hashes)
+
+    @property
+    def kept(self) -> dict[int, bytes]:
+        """The content of blocks that an earlier process kept, oldest use first."""
+        return {} if self._nvme is None else self._nvme.kept
 
     @property
     def nvme_bytes(self) -> int:
         """What it takes of the disk."""
-        return 0 if self._file is None else self._file.num_bytes
+        return 0 if self._nvme is None else self._nvme.num_bytes
 
     def close(self) -> None:
         """Give the disk space back, unless it is kept. Idempotent."""
-        if self._file is not None:
-            self._file.close()
+        if self._nvme is not None:
+            self._nvme.close()
 
     def _buffer(self, job: _Job) -> torch.Tensor:
         """The job's pieces on the device, [num_slots, bytes]."""
-        return self._rows(self._buffers[job.buffer], self._buffer_strides[job.layer])
+        return self._rows(self._buffers[job.landing], self._buffer_strides[job.layer])
 
     def _landing(self, job: _Job) -> torch.Tensor:
         """The same as they lie below the device."""
-        return self._rows(self._landings[job.buffer], self._strides[job.layer])
+        return self._rows(self._landings[job.landing], self._strides[job.layer])
 
     def _rows(self, memory: torch.Tensor, stride: int) -> torch.Tensor:
         return memory[: self.num_slots * stride].view(self.num_slots, stride)
@@ -281,17 +265,15 @@ class KVRotation:
         before = {slot: self._tails[b] for slot, b in enumerate(blocks) if b in self._tails}
         after = {slot: self._tails[blocks[slot]] for slot in self._keep_tails(micro_batch)}
         device, size = self._buffers[0].device, self._store.layout.block_size
+        limits = ReadLimits(1, 0) if self._nvme is None else self._nvme.limits
         return moves_of(
-            micro_batch,
-            self.first_host,
-            self.first_nvme,
-            before,
-            after,
-            size,
-            device,
-            self._read_blocks,
-            self._gap_blocks,
+            micro_batch, self.first_host, self.first_nvme, before, after, size, device, limits
         )
+
+    def _start_reads(self, job: _Job) -> None:
+        if job.moves.reads:
+            assert self._nvme is not None
+            self._nvme.start_reads(job)
 
     def _gather(self, job: _Job, landing: torch.Tensor, buffer: torch.Tensor) -> None:
         """Bring what lies on the device and on the host into the slots."""
@@ -360,93 +342,6 @@ class KVRotation:
         _words(home[:, part]).index_copy_(0, rows, _words(found))
         return found.nbytes
 
-    def _read(self, job: _Job) -> None:
-        """Start the job's reads from NVMe."""
-        for runs in job.moves.reads:
-            key = runs[0].start, job.buffer, self._strides[job.layer]
-            parts = job.moves.parts.get(key)
-            if parts is None:
-                parts = job.moves.parts[key] = self._parts(job, runs)
-            job.reads.append((runs, self._submit_read(job, runs, parts)))
-
-    def _parts(self, job: _Job, runs: Transfer) -> list[Part]:
-        """Where the job's read of ``runs`` goes, and how much lies between them."""
-        stride, blocks = self._strides[job.layer], job.moves.micro_batch.blocks
-        landing = self._landings[job.buffer].numpy().data
-        parts: list[Part] = []
-        end = blocks[runs[0].start]
-        for run in runs:
-            if gap := blocks[run.start] - end:
-                parts.append(gap * stride)
-            parts.append(landing[run.start * stride : run.stop * stride])
-            end = blocks[run.stop - 1] + 1
-        return parts
-
-    def _submit_read(self, job: _Job, runs: Transfer, parts: Sequence[Part]) -> Future[None]:
-        assert self._file is not None
-        first = self._on_nvme(job, runs[0])
-        span = job.moves.micro_batch.blocks[runs[-1].stop - 1] + 1 - self.first_nvme - first
-        num_bytes = span * self._strides[job.layer]
-        link = Link("kv", Tier.NVME, Tier.DEVICE)
-        begun_s = self.transfers.begin(link)
-        future = self._file.submit_read(job.layer, first, parts)
-        future.add_done_callback(partial(self._count, link, num_bytes, begun_s, job))
-        return future
-
-    def _read_again(self, job: _Job, runs: Transfer) -> Future[None]:
-        return self._submit_read(job, runs, self._parts(job, runs))
-
-    def _write(self, job: _Job, runs: Transfer) -> Future[None]:
-        """Start writing."""
-        assert self._file is not None
-        link = Link("kv", Tier.DEVICE, Tier.NVME)
-        landing, stride = self._landings[job.buffer].numpy().data, self._strides[job.layer]
-        pieces = [
-            (self._on_nvme(job, run), landing[run.start * stride : run.stop * stride])
-            for run in runs
-        ]
-        num_bytes = sum(len(memory) for _, memory in pieces)
-        begun_s = self.transfers.begin(link)
-        future = self._file.submit_write(job.layer, pieces)
-        future.add_done_callback(partial(self._count, link, num_bytes, begun_s, job))
-        return future
-
-    def _on_nvme(self, job: _Job, run: slice) -> int:
-        """The place in the file of a run's first block."""
-        first: int = run.start
-        return job.moves.micro_batch.blocks[first] - self.first_nvme
-
-    def _count(
-        self, link: Link, num_bytes: int, begun_s: float, job: _Job, done: Future[None]
-    ) -> None:
-        moved = 0 if done.exception() else num_bytes
-        self.transfers.end(link, moved, begun_s, f"layer {job.layer}")
-
-    def _wait_for_reads(self, job: _Job, landing: torch.Tensor) -> None:
-        begun_s = time.perf_counter()
-        if not all(future.done() for _, future in job.reads):
-            wait([future for _, future in job.reads])
-            self.transfers.add_stall(begun_s, f"KV of layer {job.layer}")
-        if job.reads:
-            self._check_reads(job, landing)
-
-    def _check_reads(self, job: _Job, landing: torch.Tensor) -> None:
-        """What failed, or fails its checksum, is lost."""
-        moves = job.moves
-        first: int = moves.on_nvme.start
-        with_gaps = [future for runs, future in job.reads if len(runs) > 1]
-        lost = still_failing(job.reads, partial(self._read_again, job))
-        error = next((e for future in with_gaps if (e := future.exception()) is not None), None)
-        if error is not None and not lost:
-            logger.warning("reads no longer take along what lies between blocks: %s", error)
-            self._gap_blocks = 0
-        found = checksums(landing[moves.on_nvme])
-        wrong = moves.wanted & (found != self._sums[job.layer][moves.places])
-        if wrong.any():
-            logger.warning("KV is lost: %d blocks fail their checksum", int(wrong.sum()))
-            lost.update((wrong.nonzero().flatten() + first).tolist())
-        self._lose(job, lost, landing)
-
     def _lose(self, job: _Job, slots: Iterable[int], landing: torch.Tensor | None = None) -> None:
         """The blocks at ``slots`` have lost their content."""
         for slot in slots:
@@ -472,19 +367,21 @@ class KVRotation:
             begun_s = self.transfers.begin(link)
             moved = self._scatter_tokens(job, job.moves.kept, self._tails.rows)
             self.transfers.end(link, moved, begun_s, f"layer {job.layer}")
-        for run in (run for runs in job.moves.writes for run in runs):
+        if job.moves.writes:
+            assert self._nvme is not None
             if self._staged and not job.stored:
-                landing[run, : self._stored[job.layer].num_bytes] = self._put_down(job, buffer[run])
-            block = self._on_nvme(job, run)
-            sums = checksums(landing[run])
-            self._sums[job.layer, block : block + sums.shape[0]] = sums
-        job.writes.extend((runs, self._write(job, runs)) for runs in job.moves.writes)
+                for run in (run for runs in job.moves.writes for run in runs):
+                    down = self._put_down(job, buffer[run])
+                    landing[run, : down.shape[1]] = down
+            self._nvme.start_writes(job, landing)
 
     def _free_landing(self, job: _Job) -> None:
         """Wait until what was brought up and what was written no longer needs the job's landing."""
         if job.brought_up is not None:
             job.brought_up.synchronize()
-        self._lose(job, still_failing(job.writes, partial(self._write, job)))
+        if job.writes:
+            assert self._nvme is not None
+            self._lose(job, self._nvme.finish_writes(job))
 
     def _move(
         self, blocks: Sequence[int], rows: Sequence[torch.Tensor], *, write: bool, stored: bool
