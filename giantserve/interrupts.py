@@ -14,7 +14,7 @@ DELAY_S = 0.01
 
 @contextmanager
 def no_lost_interrupts() -> Iterator[None]:
-    """Within, what SIGTERM's handler raises is not lost.
+    """Within, what the handlers of SIGTERM and SIGINT raise is not lost, once both raise the same.
 
     A handler runs between any two instructions of the main thread. Where these are a destructor's,
     or those of a weak reference's callback (every import has one), Python says that the exception

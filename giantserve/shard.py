@@ -69,6 +69,7 @@ class Shard:
         budget = self._shard.budget
         self.device_arena = Arena(Tier.DEVICE, budget.device_bytes, self._device)
         self.host_arena = Arena(Tier.HOST, budget.host_bytes, torch.device("cpu"))
+        adjoins = plan.attends_on_host and self._device.type == "cpu"
         self._kv = KVStore(
             profile.kv_layout(
                 *layers,
@@ -81,6 +82,7 @@ class Shard:
             host_arena=self.host_arena,
             num_device_blocks=plan.num_device_blocks,
             num_host_blocks=plan.num_host_blocks,
+            num_adjoining_blocks=plan.num_rotating_host_blocks if adjoins else 0,
         )
         source = ShardWeights(
             plan,

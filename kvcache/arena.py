@@ -19,7 +19,8 @@ _HUGE_PAGE = 2 << 20
 
 @dataclass(slots=True)
 class _Block:
-    """``offset`` is where its bytes begin in its mapping."""
+    """``num_bytes`` are counted. ``memory`` is its mapping, where ``offset`` is where it begins;
+    None for what is CUDA's or lies in another arena's."""
 
     num_bytes: int
     memory: mmap.mmap | None
@@ -75,17 +76,21 @@ class Arena:
             raise ValueError(f"alignment is {alignment}; it must divide {ALIGNMENT}")
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8, device=self.device)
-        counted = -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        with self._lock:
-            if counted > self.capacity_bytes - self._used:
-                raise TierFullError(
-                    self.tier, counted, self.capacity_bytes - self._used, self.capacity_bytes
-                )
-            tensor, block = self._new_block(counted)
-            self._blocks[tensor.data_ptr()] = block
-            self._used += counted
-            self._peak = max(self._peak, self._used)
-        return tensor[:num_bytes]
+        return self._allocate(num_bytes, 0)[:num_bytes]
+
+    def allocate_with(self, num_bytes: int, other: Arena, other_bytes: int) -> torch.Tensor:
+        """CPU memory in one piece: ``num_bytes`` of this arena, followed by ``other_bytes``, which
+        ``other`` counts. It stays until this one closes.
+
+        Raises TierFullError where one of them is full.
+        """
+        tensor = self._allocate(num_bytes, other_bytes)
+        try:
+            other._count(tensor[num_bytes:], _Block(_whole_pages(other_bytes), None, False))
+        except TierFullError:
+            self.release(tensor)
+            raise
+        return tensor
 
     def release(self, tensor: torch.Tensor) -> None:
         """Take back what `allocate` gave. Views that outlive it read zeros, or hold CUDA memory
@@ -132,6 +137,30 @@ class Arena:
             held = sum(block.num_bytes for block in self._blocks.values())
             assert held == self._used <= self._peak <= self.capacity_bytes, (held, self._used)
 
+    def _allocate(self, num_bytes: int, other_bytes: int) -> torch.Tensor:
+        """Also maps ``other_bytes`` behind, uncounted."""
+        with self._lock:
+            self._check_room(_whole_pages(num_bytes))
+            tensor, block = self._new_block(_whole_pages(num_bytes + other_bytes))
+            block.num_bytes = _whole_pages(num_bytes)
+            self._keep(tensor, block)
+        return tensor[: num_bytes + other_bytes]
+
+    def _count(self, tensor: torch.Tensor, block: _Block) -> None:
+        with self._lock:
+            self._check_room(block.num_bytes)
+            self._keep(tensor, block)
+
+    def _check_room(self, num_bytes: int) -> None:
+        free = self.capacity_bytes - self._used
+        if num_bytes > free:
+            raise TierFullError(self.tier, num_bytes, free, self.capacity_bytes)
+
+    def _keep(self, tensor: torch.Tensor, block: _Block) -> None:
+        self._blocks[tensor.data_ptr()] = block
+        self._used += block.num_bytes
+        self._peak = max(self._peak, self._used)
+
     def _new_block(self, num_bytes: int) -> tuple[torch.Tensor, _Block]:
         if self.device.type != "cpu":
             tensor = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
@@ -159,3 +188,7 @@ class Arena:
         if block.memory is not None:
             # The mapping lives until the last view of it does; its pages need not.
             block.memory.madvise(mmap.MADV_DONTNEED)
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

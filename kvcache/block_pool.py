@@ -45,9 +45,9 @@ class BlockPool:
     the queue over. Its order matters: the holder of the bytes runs all copies in order, before any
     write to blocks allocated since the previous hand-over, and after all earlier writes.
 
-    Ids past the last device block name *rotating* blocks: they lie on the host or on NVMe and come
-    to the device while they are attended to. Running sequences hold them where the device has no
-    room left.
+    Ids past the last device block name *rotating* blocks: they lie on the host or on NVMe, and are
+    brought to the device while they are attended to, unless that is done on the host. Running
+    sequences hold them where the device has no room left.
 
     Freed content stays on the device until its block is needed. Then it goes down: to the host over
     content there, and that to a free rotating block over content there; only from the last tier

@@ -22,8 +22,9 @@ Transfer = tuple[slice, ...]
 RUNS_OF_A_WRITE = 32
 
 
-class ReadLimits(NamedTuple):
-    """Of one read, in blocks: how many it may span, and how many may lie between two runs."""
+class TransferLimits(NamedTuple):
+    """In blocks: how many a read or a write may span, and how many a read takes along between two
+    runs."""
 
     span: int
     gap: int
@@ -70,7 +71,7 @@ class KVMoves:
     beyond: slice
     filled: tuple[int, ...]
     parts: dict[tuple[int, int, int], list[Part]] = field(default_factory=dict)
-    """Of a read, the same at many layers: by its first slot, buffer and stride."""
+    """Of a read, the same at many layers: by its first slot, landing and stride."""
 
 
 def moves_of(
@@ -81,7 +82,7 @@ def moves_of(
     kept: Mapping[int, int],
     block_size: int,
     device: torch.device,
-    limits: ReadLimits,
+    limits: TransferLimits,
 ) -> KVMoves:
     """The moves of ``micro_batch``, whose blocks lie on ``device`` before ``first_host``, on the
     host before ``first_nvme``, and from there on NVMe; but the slots ``tails`` come from these tail
@@ -162,7 +163,9 @@ def _runs(blocks: Sequence[int], slots: Sequence[int], most: int) -> Iterator[sl
         start = index
 
 
-def _reads(blocks: Sequence[int], runs: Iterable[slice], limits: ReadLimits) -> Iterator[Transfer]:
+def _reads(
+    blocks: Sequence[int], runs: Iterable[slice], limits: TransferLimits
+) -> Iterator[Transfer]:
     """Runs with small gaps between them, together."""
     near: list[slice] = []
     wanted = 0

@@ -19,7 +19,7 @@ from kvcache.arena import ALIGNMENT, Arena
 from kvcache.block_pool import CachedBlock
 from kvcache.kv_codec import codecs
 from kvcache.kv_file import KVFile
-from kvcache.kv_moves import Index, KVMoves, ReadLimits, TokenMoves, moves_of
+from kvcache.kv_moves import Index, KVMoves, TokenMoves, TransferLimits, moves_of
 from kvcache.kv_store import KVStore, KVViews, layer_views
 from kvcache.micro_batch import NUM_BUFFERS, MicroBatch
 from kvcache.nvme_pieces import NVMePieces, PieceTransfers
@@ -41,7 +41,8 @@ class _Job(PieceTransfers):
 
 class KVRotation:
     """Owns the blocks beyond the device's: from the block ``first_host`` on ``num_host_blocks`` on
-    the host, from ``first_nvme`` on ``num_nvme_blocks`` on NVMe.
+    the host, unless they adjoin the device's in its store, from ``first_nvme`` on
+    ``num_nvme_blocks`` on NVMe.
 
     A block of NVMe to which every pass adds a token would be read and written with each, a small
     piece a layer. So until it is full it lies in a *tail* row on the host, where one is left.
@@ -70,8 +71,9 @@ class KVRotation:
     ) -> None:
         """``num_slots`` pieces fit into each of the `NUM_BUFFERS` buffers on the device.
         ``attends_on_host``: sequences that lie wholly on the host are meant to be used there,
-        through `host_views`. NVMe blocks lie in a file in ``folder``, whose content `keep` leaves
-        to a later process where it is ``kept_as`` a name.
+        through `host_views`, or through the store where its blocks adjoin the device's. NVMe blocks
+        lie in a file in ``folder``, whose content `keep` leaves to a later process where it is
+        ``kept_as`` a name.
 
         Raises what `KVFile` raises, and TierFullError.
         """
@@ -88,9 +90,14 @@ class KVRotation:
         self.attends_on_host = attends_on_host
         self.num_blocks = self.first_nvme + num_nvme_blocks
         self.num_slots = num_slots
+        if store.num_adjoining_blocks:
+            assert store.num_adjoining_blocks == num_host_blocks
+            host = store.adjoining_rows
+        else:
+            host = store.allocate_stored(host_arena, num_host_blocks)
         self._homes = {
             Tier.DEVICE: store.device_rows,
-            Tier.HOST: store.allocate_stored(host_arena, num_host_blocks),
+            Tier.HOST: host,
         }
         self._tails = TailRows(store.allocate(host_arena, num_tail_blocks))
         size = num_slots * max(self._buffer_strides)
@@ -265,7 +272,7 @@ class KVRotation:
         before = {slot: self._tails[b] for slot, b in enumerate(blocks) if b in self._tails}
         after = {slot: self._tails[blocks[slot]] for slot in self._keep_tails(micro_batch)}
         device, size = self._buffers[0].device, self._store.layout.block_size
-        limits = ReadLimits(1, 0) if self._nvme is None else self._nvme.limits
+        limits = TransferLimits(1, 0) if self._nvme is None else self._nvme.limits
         return moves_of(
             micro_batch, self.first_host, self.first_nvme, before, after, size, device, limits
         )

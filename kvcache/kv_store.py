@@ -55,15 +55,28 @@ class KVStore:
         host_arena: Arena,
         num_device_blocks: int,
         num_host_blocks: int,
+        num_adjoining_blocks: int = 0,
     ) -> None:
+        """``num_adjoining_blocks`` of the host lie right behind those of a device that is the CPU,
+        and count on: they can be attended to as if they were on it. Not with a storage dtype."""
         self.layout = layout
+        self.num_device_blocks = num_device_blocks
+        self.num_adjoining_blocks = num_adjoining_blocks
         self._codecs = codecs(layout)
+        size = layout.block_bytes
+        if num_adjoining_blocks:
+            assert layout.storage_dtype == "auto" and device_arena.device.type == "cpu"
+            near = device_arena.allocate_with(
+                num_device_blocks * size, host_arena, num_adjoining_blocks * size
+            ).view(-1, size)
+        else:
+            near = self.allocate(device_arena, num_device_blocks)
         self._blocks = {
-            Tier.DEVICE: self.allocate(device_arena, num_device_blocks),
+            Tier.DEVICE: near,
             Tier.HOST: self.allocate_stored(host_arena, num_host_blocks),
         }
         self._views = {
-            spec.layer: layer_views(self.device_rows, layout.piece(index), layout, index)
+            spec.layer: layer_views(near, layout.piece(index), layout, index)
             for index, spec in enumerate(layout.layers)
         }
         self._rotation: WholeBlocks | None = None
@@ -84,16 +97,22 @@ class KVStore:
         return arena.allocate(num_blocks * size)[: num_blocks * size].view(num_blocks, size)
 
     @property
-    def num_device_blocks(self) -> int:
-        return self._blocks[Tier.DEVICE].shape[0]
+    def num_reachable_blocks(self) -> int:
+        """Blocks that can be attended to where they lie: the device's and the adjoining ones."""
+        return self.num_device_blocks + self.num_adjoining_blocks
 
     @property
     def device_rows(self) -> torch.Tensor:
         """The device's blocks, [num_device_blocks, block_bytes] uint8."""
-        return self._blocks[Tier.DEVICE]
+        return self._blocks[Tier.DEVICE][: self.num_device_blocks]
+
+    @property
+    def adjoining_rows(self) -> torch.Tensor:
+        """The adjoining blocks, [num_adjoining_blocks, block_bytes] uint8."""
+        return self._blocks[Tier.DEVICE][self.num_device_blocks :]
 
     def layer(self, layer: int) -> KVViews:
-        """The key and value views of ``layer`` over all device blocks."""
+        """The key and value views of ``layer`` over all blocks within reach."""
         return self._views[layer]
 
     def clear(self, blocks: Iterable[int]) -> None:
@@ -104,7 +123,8 @@ class KVStore:
             self.device_rows[rows] = 0
 
     def extend(self, rotation: WholeBlocks) -> None:
-        """Block ids past the device's last are ``rotation``'s from now on."""
+        """Block ids past the last within reach are ``rotation``'s to move from now on, which knows
+        the tier of all past the device's last."""
         self._rotation = rotation
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
@@ -115,8 +135,8 @@ class KVStore:
                 self._run(from_rotation, to_rotation, run)
 
     def _kind(self, copy: BlockCopy) -> tuple[bool, bool, Tier, Tier]:
-        """Whether source and target rotate, and their tiers."""
-        first = self.num_device_blocks
+        """Whether source and target are the rotation's to move, and their tiers."""
+        first = self.num_reachable_blocks
         return (
             copy.source is Tier.DEVICE and copy.source_id >= first,
             copy.target is Tier.DEVICE and copy.target_id >= first,
@@ -128,9 +148,11 @@ class KVStore:
         rotation = self._rotation
         for copy in copies:
             source, target = copy.source, copy.target
-            if from_rotation and rotation is not None:
+            if source is Tier.DEVICE and copy.source_id >= self.num_device_blocks:
+                assert rotation is not None
                 source = rotation.tier_of(copy.source_id)
-            if to_rotation and rotation is not None:
+            if target is Tier.DEVICE and copy.target_id >= self.num_device_blocks:
+                assert rotation is not None
                 target = rotation.tier_of(copy.target_id)
             self.bytes_copied[source, target] += self.layout.block_bytes
         if from_rotation and to_rotation:

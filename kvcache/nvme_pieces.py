@@ -14,7 +14,7 @@ import torch
 from kvcache.checksum import checksums
 from kvcache.kept_index import KeptIndex
 from kvcache.kv_file import KVFile
-from kvcache.kv_moves import KVMoves, ReadLimits, Transfer, slots_of
+from kvcache.kv_moves import KVMoves, Transfer, TransferLimits, slots_of
 from kvcache.micro_batch import CHUNK_BYTES, GAP_BYTES
 from kvcache.storage.posix import MAX_PARTS, Part
 from kvcache.tier import Tier
@@ -63,7 +63,7 @@ class NVMePieces:
             first_block + place: found for place, found in index.hashes.items()
         }
         """The content of blocks that an earlier process kept, oldest use first."""
-        self.limits = ReadLimits(
+        self.limits = TransferLimits(
             span=min(max(1, CHUNK_BYTES // max(strides)), MAX_PARTS),
             gap=GAP_BYTES // max(strides),
         )
@@ -99,7 +99,8 @@ class NVMePieces:
         return lost
 
     def start_writes(self, job: PieceTransfers, rows: torch.Tensor) -> None:
-        """Write what lies in ``rows``, as above, which is not to change meanwhile."""
+        """Write what lies in the landing, of which ``rows`` is the view as above, and which is not
+        to change meanwhile."""
         for run in (run for runs in job.moves.writes for run in runs):
             sums = checksums(rows[run])
             place = self._place(job, run.start)

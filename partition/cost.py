@@ -152,7 +152,8 @@ class CostModel:
         do that stream; new tokens on NVMe are written back. Routed experts that stream are read
         once the router has spoken, and nothing else is computed meanwhile; where nearly all are
         needed they are read ahead like everything else. Small requests have the disk's rate for
-        their size. KV of another storage dtype is converted by the device.
+        their size. KV of another storage dtype is converted by the device. Each micro-batch, and KV
+        on a host that is not the device itself, is one more part of every layer's attention.
         """
         runtime, tokens, sampled = rates.runtime, shape.num_tokens, shape.num_sequences
         touched = load.dense_bytes + load.expert_bytes * self.profile.expert_share(tokens)
@@ -181,7 +182,8 @@ class CostModel:
         )
         if shape.storage_dtype != "auto":
             copies_s = copies_s + self._conversion_s(load, shape, rates)
-        latency_s = load.num_layers * ((1 + shape.micro_batches) * runtime.layer_latency_s)
+        parts = 1 + shape.micro_batches + (shape.attended_kv > 0 and rates.copies_overlap)
+        latency_s = load.num_layers * (parts * runtime.layer_latency_s)
         if runtime.expert_latency_s:
             computed = self.profile.expert_share(tokens)
             latency_s = latency_s + load.num_experts * (computed * runtime.expert_latency_s)

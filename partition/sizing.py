@@ -357,7 +357,7 @@ def rotation_load(
     """What rotates where ``batch`` sequences of ``context`` tokens are dealt out over so many
     passes: blocks on the device and on the host are filled first. A block of NVMe that is not full
     is written back whole, or waits in a tail row. A sequence's blocks are neighbours on NVMe, and
-    are written one by one. What is attended to on the host is a micro-batch more."""
+    are written one by one."""
     of_a_sequence = math.ceil(context / sized.block_size)
     used = batch * of_a_sequence
     beyond = max(0, used - sized.num_device_blocks)
@@ -369,7 +369,7 @@ def rotation_load(
         host_kv=(host - stays) / used,
         attended_kv=stays / used,
         nvme_kv=(beyond - host) / used,
-        micro_batches=-(-of_a_pass // (used * max(1, sized.num_rotation_slots))) + (stays > 0),
+        micro_batches=-(-of_a_pass // (used * max(1, sized.num_rotation_slots))),
         written=waiting + (1 - waiting) * sized.block_size,
         rewritten=float(sized.block_size),
         host_share=stored.host_share,

@@ -64,7 +64,7 @@ class PassKV:
         outside = {
             position: use
             for position, spec in enumerate(specs)
-            if max((use := _use(spec, block_size)).block_ids) >= kv.num_device_blocks
+            if max((use := _use(spec, block_size)).block_ids) >= kv.num_reachable_blocks
         }
         if not outside:
             return

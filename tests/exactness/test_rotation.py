@@ -99,8 +99,8 @@ def test_what_lies_on_the_host_is_attended_to_there(models: Path, launcher: Laun
             llm.generate(PROMPTS, greedy)
             links = llm.stats()["shards"][0]["links"]
         moved.append(sum(each["bytes"] for each in links if each["source"] == "host"))
-    # two sequences begin on the device and rotate all the same
-    assert 0 < 2 * moved[1] < moved[0]
+    # not even of the two sequences that begin on the device
+    assert moved[1] == 0 < moved[0]
 
 
 @pytest.mark.parametrize(

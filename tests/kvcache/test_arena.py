@@ -37,6 +37,24 @@ def test_counts_pages_and_refuses_past_the_capacity() -> None:
     assert arena.used_bytes == 0
 
 
+def test_one_piece_is_counted_by_two() -> None:
+    first, second = Arena(Tier.DEVICE, 3 * 4096), Arena(Tier.HOST, 2 * 4096)
+    both = first.allocate_with(4097, second, 5000)
+    both.fill_(1)
+    assert both.numel() == 9097
+    assert (first.used_bytes, second.used_bytes) == (8192, 8192)
+    with pytest.raises(TierFullError) as caught:
+        first.allocate_with(1, second, 1)
+    assert caught.value.tier is Tier.HOST
+    assert (first.used_bytes, second.used_bytes) == (8192, 8192)
+    assert both.all()
+    for arena in (first, second):
+        arena.check_integrity()
+        arena.close()
+        assert arena.used_bytes == 0
+    assert not both.any()
+
+
 def test_memory_is_aligned_zeroed_and_empty_allocations_are_free() -> None:
     arena = Arena(Tier.DEVICE, 1 << 20, torch.device("cpu"))
     tensor = arena.allocate(10_000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvcache.kv_moves import KVMoves, ReadLimits, moves_of
+from kvcache.kv_moves import KVMoves, TransferLimits, moves_of
 from kvcache.micro_batch import MicroBatch
 
 SIZE = 4
@@ -29,7 +29,7 @@ def moves(
         kept={},
         block_size=SIZE,
         device=torch.device("cpu"),
-        limits=ReadLimits(most, gap),
+        limits=TransferLimits(most, gap),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.kv_moves import ReadLimits
+from kvcache.kv_moves import TransferLimits
 from kvcache.layout import STORAGE_DTYPES
 from kvcache.micro_batch import NUM_BUFFERS, BlockUse, deal
 from kvcache.tier import Tier
@@ -86,7 +86,7 @@ def test_every_block_keeps_what_was_written(
                         size = torch.randint(0, 3, (), generator=generator).item()
                         sizes[micro_batch.blocks[slot]] = 1000.0**size
             assert rotating._nvme is not None
-            rotating._nvme.limits = ReadLimits(*limits)
+            rotating._nvme.limits = TransferLimits(*limits)
             rotating.begin(micro_batches)
             for spec in LAYOUT.layers:
                 for micro_batch in micro_batches:

@@ -97,8 +97,7 @@ class Oracle:
             micro_batches=math.ceil(
                 Fraction(math.ceil(used / passes) * (beyond - stays), used)
                 / max(1, sizing.num_rotation_slots)
-            )
-            + (stays > 0),
+            ),
         )
         tables = []
         for stage, group in enumerate(order):

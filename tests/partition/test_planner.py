@@ -260,6 +260,9 @@ def test_the_hosts_cores_attend_where_they_beat_the_link() -> None:
     assert "attended to there" in fast.reason
     own_cores = made(replace(RATES, copies_overlap=False))
     assert own_cores.attends_on_host and own_cores.forecast.terms_s["host link"] == 0
+    # a host of its own is a part more of every layer's attention
+    more = fast.forecast.terms_s["latency"] - own_cores.forecast.terms_s["latency"]
+    assert more == pytest.approx(16 * RATES.runtime.layer_latency_s)
 
 
 def test_attention_on_the_host_wants_kv_as_it_is() -> None:
