@@ -203,5 +203,5 @@ def check(
     assert again.usage is not None and again.usage.cached_tokens > 0
     assert stats["kv"]["device_blocks_free"] == 64
     copied = stats["shards"][0]["kv_bytes_copied"]
-    assert copied["device_to_host"] > 0 and copied["host_to_device"] > 0
+    assert copied["device_to_host"] > 0 and copied["host_to_device"] > 0, stats
     return list(stats["shards"])
