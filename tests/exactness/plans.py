@@ -53,6 +53,12 @@ def make_plan(
         passes_in_flight=1 if streams else pipeline_parallel,
         num_device_blocks=device_blocks,
         num_host_blocks=host_blocks,
+        # by the rates of the moment the planner may let KV rotate, and nothing would be preempted
+        num_rotating_host_blocks=0,
+        num_rotating_nvme_blocks=0,
+        num_rotation_slots=0,
+        num_tail_blocks=0,
+        attends_on_host=False,
     )
 
 
